@@ -1,0 +1,1 @@
+"""Training loops for small language models: torch, numpy, pydantic, pyyaml and safetensors alone."""
