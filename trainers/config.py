@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
-PositiveInt = Annotated[int, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -23,7 +23,20 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class Frozen(BaseModel):
     """Base of every part: immutable, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        annotation = cls.model_fields[info.field_name].annotation
+        if isinstance(value, (list, tuple)):
+            refused = any(isinstance(item, bool) for item in value)
+        else:
+            refused = isinstance(value, bool) and annotation is not bool and bool not in get_args(annotation)
+        if refused:
+            raise ValueError(f"true and false mean nothing here, got {value}.")
+        return value
 
 
 class ModelConfig(Frozen):
@@ -45,6 +58,7 @@ class ModelConfig(Frozen):
     bias: bool = True  # in attention and feed-forward projections; the output head never has one
     tie_embeddings: bool = True
     dropout: Fraction = 0.1
+    dropout_positions: bool = False  # drop parts of the position vectors too, before they are added (fundamentallm)
     init_std: PositiveFloat = 0.02
     activation_checkpointing: bool = False
 
@@ -94,7 +108,7 @@ class TokenizerConfig(Frozen):
 class SourceConfig(Frozen):
     """One corpus: an embedded name, a path, or `hf:OWNER/NAME`."""
 
-    corpus: str  # python-stdlib[/prose|/code], a file or folder, or hf:OWNER/NAME
+    corpus: Annotated[str, Field(min_length=1)]  # python-stdlib[/prose|/code], a file or folder, or hf:OWNER/NAME
     text_field: str = "text"  # the field or column that holds the text in JSONL, Parquet and Hub datasets
     subset: str | None = None  # the Hub dataset's configuration name
     split: str = "train"  # the Hub dataset's split
@@ -132,6 +146,13 @@ class DataConfig(Frozen):
                 f"a streaming corpus ({', '.join(streaming)}) has no tail to hold out: set data.validation.method=hash."
             )
         return self
+
+
+def _exactly_one(part: Frozen, path: str, names: tuple[str, ...]) -> None:
+    given = [name for name in names if getattr(part, name) is not None]
+    if len(given) != 1:
+        got = ", ".join(f"{name}={getattr(part, name)}" for name in given) or "none"
+        raise ValueError(f"{path}: set exactly one of {', '.join(names)}; got {got}.")
 
 
 class BatchConfig(Frozen):
@@ -216,6 +237,7 @@ class CheckpointConfig(Frozen):
     """When to save and what to keep. Does not change the result, so it is no part of the fingerprint."""
 
     every_steps: PositiveInt | None = None
+    every_epochs: PositiveFloat | None = None
     every_minutes: PositiveFloat | None = 5.0
     keep_last_n: PositiveInt = 3
     save_best: bool = True  # keeps the checkpoint with the best evaluation besides
@@ -368,6 +390,25 @@ class RunConfig(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _vocabulary_fits(self) -> RunConfig:
+        table, trained = self.model.vocab_size, self.tokenizer.vocab_size
+        if table is not None and trained is not None and trained > table:
+            raise ValueError(
+                f"tokenizer.vocab_size ({trained}) must not exceed model.vocab_size ({table}): "
+                f"lower the first or set model.vocab_size={trained}."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _precision_fits_the_device(self) -> RunConfig:
+        if self.device == "cpu" and self.precision.compute == "fp16":
+            raise ValueError(
+                "precision.compute=fp16 on device=cpu is about 30 times slower than fp32 (a CPU has no fp16 "
+                "arithmetic): set precision.compute=fp32 or bf16, or device=cuda."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _batch_divides(self) -> RunConfig:
         if self.batch.tokens is not None and self.batch.tokens % self.sequence_length:
             nearest = max(1, self.batch.tokens // self.sequence_length) * self.sequence_length
@@ -378,10 +419,10 @@ class RunConfig(Frozen):
         total, unit = self.sequences_per_step, (self.batch.micro_sequences or 1) * self.workers
         if total % unit:
             below = total // unit * unit
-            nearest = f"{below} or {below + unit}" if below else f"{unit}"
+            either = f"{below} or {below + unit}" if below else f"{unit}"
             raise ValueError(
                 f"the batch of {total} sequences must be a multiple of micro_sequences x workers "
-                f"({self.batch.micro_sequences or 1} x {self.workers} = {unit}). Nearest: {nearest}."
+                f"({self.batch.micro_sequences or 1} x {self.workers} = {unit}). Nearest: {either}."
             )
         return self
 
@@ -392,7 +433,8 @@ class RunConfig(Frozen):
             raise ValueError(f"phase names must differ; got {', '.join(names)}.")
         missing = [phase.name for phase in self.phases if phase.budget is None]
         if self.budget is None and (missing or not self.phases):
-            raise ValueError(f"budget: give the run a budget, or each phase its own (missing: {', '.join(missing) or 'the run'}).")
+            without = ", ".join(missing) or "the run"
+            raise ValueError(f"budget: give the run a budget, or each phase its own (missing: {without}).")
         if self.budget is not None and self.phases and not missing:
             raise ValueError(
                 "every phase has its own budget, so budget of the run would do nothing: set "
@@ -400,13 +442,6 @@ class RunConfig(Frozen):
                 + " instead."
             )
         return self
-
-
-def _exactly_one(part: Frozen, path: str, names: tuple[str, ...]) -> None:
-    given = [name for name in names if getattr(part, name) is not None]
-    if len(given) != 1:
-        got = ", ".join(f"{name}={getattr(part, name)}" for name in given) or "none"
-        raise ValueError(f"{path}: set exactly one of {', '.join(names)}; got {got}.")
 
 
 # Setting one member of a group by a dotted override clears the others: `budget.steps=300` on a preset in epochs.

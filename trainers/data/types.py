@@ -28,6 +28,9 @@ class Batch:
     """int64 (rows, T): tokens shifted by one; IGNORED where nothing is scored"""
     n_targets: int
     """how many targets are scored, known without touching a device"""
+    starts: torch.Tensor | None = None
+    """bool (rows,): rows that do not go on where the same row of the step before ended, so that carried state must be
+    reset there (data.order=streams); None: no row goes on"""
 
 
 class Tokenizer(Protocol):

@@ -1,0 +1,44 @@
+# Every target makes its own .venv first when there is none, and again when its requirements change.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+STEPS ?= 5000
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-all chaos check bench format
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	touch $@
+
+train: $(READY) ## a first model on the embedded corpus, 2 to 3 minutes on two cores
+	$(BIN)/orchestrate train fundamentallm/small --name first-run budget.steps=$(STEPS) \
+		evaluation.every_steps=1000 evaluation.max_tokens=131072 checkpoint.every_steps=1000
+
+test: $(READY) ## the fast suite
+	$(BIN)/python -m pytest -q -m "not slow and not chaos and not gpu and not cluster"
+
+test-all: $(READY) ## the slow tests too
+	$(BIN)/python -m pytest -q -m "not chaos and not gpu"
+
+chaos: $(READY) ## kill and corrupt, the full counts; can be stopped and goes on
+	$(BIN)/python -m benchmarks.chaos
+
+check: $(READY) ## style, types and the layering
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layering.py
+
+bench: $(READY) ## every published number
+	$(BIN)/python -m benchmarks
+
+format: $(READY) ## mend the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

@@ -1,0 +1,291 @@
+"""Carries the record of a run to MLflow, from the driver, behind training's back.
+
+`metrics.jsonl` is the outbox. A row is sent with the step and the time it was first written with, so sending it again
+changes nothing; only the place up to which everything arrived has to be remembered, and even that may be forgotten.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.tracking import (
+    SystemMeter,
+    TrackedRun,
+    TrackingRefused,
+    TrackingUnavailable,
+    checkpoint_link,
+    system_interval_s,
+)
+
+Row = dict[str, Any]
+
+POLL_S = 2.0
+MAX_BACKOFF_S = 30.0
+CLOSING_RETRY_S = 0.25
+CHUNK_BYTES = 1 << 18  # some thousand values: a batch that is lost to a locked store costs little
+SYSTEM_SAMPLES_KEPT = 1000  # nearly three hours at one in ten seconds
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """What `Feeder.close` leaves behind."""
+
+    rows: int
+    """rows of the record that this feeder brought to the store"""
+    pending: int
+    """rows that still wait in the record; the next attempt sends them"""
+    problem: str | None
+    """why they wait"""
+
+
+@dataclass
+class Position:
+    """How far into the record everything has arrived."""
+
+    run_id: str
+    offset: int = 0
+    """bytes"""
+    step: int = -1
+    """highest step sent: `tokens` stands in every row of a step but is sent once"""
+
+
+class Feeder:
+    """Sends rows every two seconds from its own thread; it never raises into training and never makes it wait.
+
+    The parent run gets every row; with several phases each phase's run gets its own. While the store is away rows wait
+    in the record, files and tags in memory, and `say` hears of it once, and once more when all has caught up.
+    """
+
+    def __init__(
+        self,
+        metrics_path: Path,
+        phases: Sequence[str],
+        run: TrackedRun,
+        phase_runs: Mapping[str, TrackedRun],
+        state_path: Path,
+        *,
+        say: Callable[[str], None] = logging.getLogger(__name__).warning,
+        system_every_s: float | None = None,
+    ):
+        self._metrics_path = metrics_path
+        self._phases = list(phases)
+        self._run = run
+        self._phase_runs = dict(phase_runs)
+        self._state_path = state_path
+        self._say = say
+        self._position = read_position(state_path, metrics_path, run.run_id)
+
+        self._errands: dict[str, Callable[[], None]] = {}
+        """things to do at the store besides rows; a later one of the same name replaces the one before"""
+        self._errands_lock = threading.Lock()
+        self._system_every_s = system_every_s or system_interval_s()
+        self._system: deque[Row] = deque(maxlen=SYSTEM_SAMPLES_KEPT)
+        self._system_step = run.next_system_step
+
+        self._rows = 0
+        self._problem: str | None = None
+        self._refused = False
+        self._retry_at = 0.0
+        self._backoff_s = 0.0
+        self._closing_by: float | None = None
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="mlflow-feeder", daemon=True)
+
+    # ---- for the driver -------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def poke(self) -> None:
+        """There may be something to send now."""
+        self._wake.set()
+
+    def log_artifact(self, path: Path, artifact_path: str | None = None) -> None:
+        """Send a file as it is when its turn comes; sending the same path again before that sends it once."""
+        self._add_errand(f"artifact {path}", lambda: self._run.log_artifact(path, artifact_path))
+
+    def log_link(self, name: str, target: Path) -> None:
+        """Point `name` at a checkpoint that stands now (it may be deleted before the store is back)."""
+        link = checkpoint_link(target)
+        self._add_errand(f"link {name}", lambda: self._run.log_link(name, link))
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        for key, value in tags.items():
+            self._add_errand(f"tag {key}", lambda key=key, value=value: self._run.set_tags({key: value}))  # type: ignore[misc]
+
+    def close(self, deadline_s: float) -> Delivered:
+        """Send what is left, for at most so long, and stop."""
+        self._closing_by = time.monotonic() + deadline_s
+        self._wake.set()
+        if self._thread.ident is not None:
+            self._thread.join(deadline_s)
+        pending = count_rows(self._metrics_path, self._position.offset)
+        left = f"{len(self._errands)} files or tags not sent" if self._errands else None
+        return Delivered(self._rows, pending, self._problem or left)
+
+    # ---- the thread -----------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        meter = SystemMeter() if self._system_every_s else None
+        next_sample = time.monotonic() + 1.0  # the first after a second: even a short run has one
+        while True:
+            now = time.monotonic()
+            if meter and now >= next_sample:
+                self._system.append(meter.sample(self._system_step))
+                self._system_step += 1
+                next_sample = now + (self._system_every_s or 0)
+            closing_by = self._closing_by
+            if closing_by is not None or now >= self._retry_at:
+                idle = self._deliver()
+                if closing_by is not None and (idle or time.monotonic() >= closing_by):
+                    return
+            waits = CLOSING_RETRY_S if closing_by is not None else POLL_S
+            self._wake.wait(waits)
+            self._wake.clear()
+
+    def _deliver(self) -> bool:
+        """Send everything there is; True where nothing is left that could be sent."""
+        if self._refused:
+            return True
+        try:
+            while self._send_rows():
+                pass
+            self._send_system()
+            while self._send_errand():
+                pass
+        except (TrackingUnavailable, OSError) as error:  # OSError: no room for the position; nothing is lost by it
+            self._note_absence(str(error))
+            return False
+        except TrackingRefused as error:
+            self._refused = True
+            self._problem = str(error)
+            self._say(f"MLflow refuses this run ({error}): nothing more is sent; metrics.jsonl keeps every row.")
+            return True
+        self._note_presence()
+        return True
+
+    def _send_rows(self) -> bool:
+        """Send the next chunk of the record; False at its end."""
+        rows, offset = read_rows_from(self._metrics_path, self._position.offset)
+        if offset == self._position.offset:
+            return False
+        highest = self._position.step
+        for row in rows:
+            if row["step"] <= highest:
+                row.pop("tokens", None)
+            highest = max(highest, row["step"])
+        self._run.log_metrics(rows)
+        for name, run in self._phase_runs.items():
+            run.log_metrics([row for row in rows if self._phase_of(row) == name])
+        self._position = Position(self._run.run_id, offset, highest)
+        write_position(self._state_path, self._position)
+        self._rows += len(rows)
+        return True
+
+    def _phase_of(self, row: Row) -> str | None:
+        phase = row.get("phase")
+        return self._phases[phase] if isinstance(phase, int) else phase
+
+    def _send_system(self) -> None:
+        samples = list(self._system)
+        if samples:
+            self._run.log_metrics(samples)
+            self._system.clear()  # only this thread appends
+
+    def _add_errand(self, name: str, errand: Callable[[], None]) -> None:
+        with self._errands_lock:
+            self._errands[name] = errand
+        self._wake.set()
+
+    def _send_errand(self) -> bool:
+        with self._errands_lock:
+            if not self._errands:
+                return False
+            name, errand = next(iter(self._errands.items()))
+        try:
+            errand()
+        except FileNotFoundError as error:
+            self._say(f"not sent to MLflow, because it is gone: {error.filename}")
+        with self._errands_lock:
+            if self._errands.get(name) is errand:
+                del self._errands[name]
+        return True
+
+    # ---- the store comes and goes ---------------------------------------------------------------
+
+    def _note_absence(self, problem: str) -> None:
+        if self._problem is None:
+            self._say(f"MLflow is away ({problem}): training goes on, its rows wait in metrics.jsonl.")
+        self._problem = problem
+        self._backoff_s = min(MAX_BACKOFF_S, max(1.0, 2 * self._backoff_s))
+        self._retry_at = time.monotonic() + self._backoff_s
+
+    def _note_presence(self) -> None:
+        if self._problem is not None:
+            self._say("MLflow is back and has every row.")
+        self._problem = None
+        self._backoff_s = self._retry_at = 0.0
+
+
+# ---- the record, read by its complete lines ---------------------------------------------------------------------
+
+
+def read_rows_from(path: Path, offset: int) -> tuple[list[Row], int]:
+    """Rows of the complete lines from `offset` on, some at a time, and the offset behind them.
+
+    A line without its end is being written and waits; a complete line that is no row was torn by a crash.
+    """
+    try:
+        with path.open("rb") as record:
+            record.seek(offset)
+            chunk = record.read(CHUNK_BYTES)
+    except FileNotFoundError:
+        return [], offset
+    complete = chunk[: chunk.rfind(b"\n") + 1]
+    rows = [row for line in complete.splitlines() if (row := _parse(line)) is not None]
+    return rows, offset + len(complete)
+
+
+def _parse(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and {"step", "time_ms"} <= row.keys() else None
+
+
+def count_rows(path: Path, offset: int) -> int:
+    """Complete lines from `offset` on."""
+    try:
+        with path.open("rb") as record:
+            record.seek(offset)
+            return sum(block.count(b"\n") for block in iter(lambda: record.read(1 << 20), b""))
+    except FileNotFoundError:
+        return 0
+
+
+def read_position(state_path: Path, metrics_path: Path, run_id: str) -> Position:
+    """Where to go on for `run_id`; the beginning where that is not known, or the record is another one."""
+    try:
+        position = Position(**json.loads(state_path.read_text(encoding="utf-8")))
+        with metrics_path.open("rb") as record:
+            record.seek(max(0, position.offset - 1))
+            at_line_end = position.offset == 0 or record.read(1) == b"\n"
+    except (FileNotFoundError, ValueError, TypeError):
+        return Position(run_id)
+    return position if position.run_id == run_id and at_line_end else Position(run_id)
+
+
+def write_position(state_path: Path, position: Position) -> None:
+    temporary = state_path.with_name(state_path.name + ".tmp")
+    temporary.write_text(json.dumps(asdict(position)) + "\n", encoding="utf-8")
+    os.replace(temporary, state_path)

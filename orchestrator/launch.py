@@ -1,0 +1,293 @@
+"""The driver of `orchestrate train`: claim the run, start Ray, watch the workers, tell MLflow, end truthfully.
+
+The workers write the record (metrics.jsonl), the checkpoints and the outcome; the driver only reads them, so it may
+be killed and started again at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.closing_table import closing_of, closing_table
+from orchestrator.cluster import ray_cluster, resources_per_worker
+from orchestrator.console import print_json
+from orchestrator.display import Display
+from orchestrator.experiment import OUTCOME, Experiment, Request, settle, write_identity
+from orchestrator.plan import total_steps
+from orchestrator.tracker import Tracker, owes
+from trainers.claim import Claim
+from trainers.config import RunConfig
+from trainers.context import STOP_REQUEST, request_stop
+from trainers.data.prepare import data_hashes, prepare
+from trainers.errors import TrainingFailed, UserError
+from trainers.record import read_rows
+
+if TYPE_CHECKING:
+    from orchestrator.feeder import Delivered
+
+POLL_S = 0.2  # how often the driver looks at the record
+WORKER_RESTARTS = 3  # crashes of a worker that Ray mends from the last checkpoint
+DONE, STOPPED = 0, 75
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def train(config: RunConfig, request: Request) -> int:
+    """Train the run that `config` and `request` mean, from wherever it stands. Exit code: 0 done, 75 resumable.
+
+    Raises UserError (exit code 2) before anything is made, TrainingFailed (exit code 3) when training cannot go on.
+    """
+    check_device(config)
+    experiment = settle(config, request, data_hashes(config))
+    outcome = experiment.outcome
+    if outcome and outcome["state"] == "finished" and not experiment.extended:
+        return already_finished(experiment, request)
+    with new_folder(experiment.run_dir), Claim.acquire(experiment.run_dir, say=say) as claim:
+        return Driver(experiment, request, claim).run()
+
+
+def already_finished(experiment: Experiment, request: Request) -> int:
+    """The same command again on a finished run: the closing table, and what MLflow may still be owed."""
+    notes = (f"{experiment.name} is finished; nothing to do.",)
+    if owes(experiment):
+        outcome = experiment.outcome
+        assert outcome is not None
+        with Claim.acquire(experiment.run_dir, say=say):
+            tracker = Tracker(experiment, request.runs_dir, say)
+            tracker.open()
+            notes += pending(tracker.close(outcome))
+    show_closing(experiment, request, None, notes)
+    return DONE
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def cache_dir(runs_dir: Path) -> Path:
+    """Packed corpora and tokenizers, shared by the runs of a folder."""
+    return runs_dir / ".cache"
+
+
+@contextlib.contextmanager
+def new_folder(run_dir: Path) -> Iterator[None]:
+    """The run's folder; taken away again when bad input is found before anything worth keeping is in it."""
+    existed = run_dir.exists()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {run_dir}: {error.strerror}. Choose a --runs-dir that you may write to.") from error
+    try:
+        yield
+    except UserError:
+        if not existed and not any((run_dir / "checkpoints").glob("step-*")):
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
+
+
+class Driver:
+    """One claim of one run, from the claim to the closing table."""
+
+    def __init__(self, experiment: Experiment, request: Request, claim: Claim):
+        self.experiment = experiment
+        self.config = experiment.config
+        self.run_dir = experiment.run_dir
+        self.request = request
+        self.generation = claim.generation
+        self.stop_reason: str | None = None
+        self._asked = False
+        self._offsets = {"metrics.jsonl": 0, "logs/events.jsonl": 0}
+        self._started = time.monotonic()
+        self.display = Display(
+            f"{experiment.name}: {self.config.preset} in {self.run_dir}",
+            None,
+            terminal=sys.stdout.isatty() and not request.json,
+            json=request.json,
+        )
+
+    def run(self) -> int:
+        with self.display, self._stopping_on_signals():
+            tracker = Tracker(self.experiment, self.request.runs_dir, self.display.note)
+            self._clean_up_after_the_last_claim()
+            data = prepare(self.config, cache_dir(self.request.runs_dir), progress=self.display.packing)
+            self.display.total_steps = total_steps(self.config, data)
+            write_identity(
+                self.experiment,
+                total_steps=self.display.total_steps,
+                data=data.report,
+                tokenizer=data.tokenizer.fingerprint,
+            )
+            self.display.status("starting Ray")
+            log = self.run_dir / "logs" / "ray.log"
+            with ray_cluster(self.config.workers, verbose=self.request.verbose, log_path=log) as ray:
+                share = resources_per_worker(ray, self.config.workers, self.config.device)
+                self.display.status("opening MLflow")
+                tracker.open()
+                self.display.status("starting the workers")
+                error = self._watch(Fit(self._job(share.cpus), self.config.workers, share.cpus, share.gpus), tracker)
+            return self._conclude(tracker, error)
+
+    # ---- while it runs --------------------------------------------------------------------------
+
+    def _job(self, threads: int) -> dict[str, Any]:
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "run_dir": str(self.run_dir),
+            "cache_dir": str(cache_dir(self.request.runs_dir)),
+            "generation": self.generation,
+            "threads": threads,
+        }
+
+    def _watch(self, fit: Fit, tracker: Tracker) -> BaseException | None:
+        """Show and send on what the workers record until they are done; their error, if they had one."""
+        fit.start()
+        while fit.is_alive():
+            fit.join(POLL_S)
+            if self.stop_reason and not self._asked:
+                self._asked = True
+                request_stop(self.run_dir, self.generation, self.stop_reason)
+                self.display.note(f"{self.stop_reason}: stopping at the next step boundary (again to stop at once)")
+            self._show_news()
+        self._show_news()
+        return fit.error
+
+    def _show_news(self) -> None:
+        for row in self._new_lines("metrics.jsonl"):
+            self.display.row(row)
+        for event in self._new_lines("logs/events.jsonl"):
+            self.display.note(event["text"])
+        self.display.tick()
+
+    def _new_lines(self, name: str) -> Iterator[dict[str, Any]]:
+        path = self.run_dir / name
+        if path.exists() and path.stat().st_size > self._offsets[name]:
+            for row, end in read_rows(path, offset=self._offsets[name]):
+                self._offsets[name] = end
+                yield row
+
+    def _clean_up_after_the_last_claim(self) -> None:
+        for name in (OUTCOME, STOP_REQUEST):
+            (self.run_dir / name).unlink(missing_ok=True)
+        shutil.rmtree(self.run_dir / ".ray", ignore_errors=True)
+        for name in self._offsets:
+            path = self.run_dir / name
+            self._offsets[name] = path.stat().st_size if path.exists() else 0
+
+    @contextlib.contextmanager
+    def _stopping_on_signals(self) -> Iterator[None]:
+        """The first signal asks the workers to stop and save; the second ends the driver, and the workers with it."""
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            if self.stop_reason:
+                os._exit(128 + number)
+            self.stop_reason = signal.Signals(number).name
+
+        before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # ---- afterwards -----------------------------------------------------------------------------
+
+    def _conclude(self, tracker: Tracker, error: BaseException | None) -> int:
+        outcome = self.experiment.outcome
+        if outcome is None:
+            outcome = {"state": "failed", "reason": f"the workers died {WORKER_RESTARTS + 1} times; last: {brief(error)}"}
+        shutil.rmtree(self.run_dir / ".ray", ignore_errors=True)
+        if outcome["state"] == "failed":
+            tracker.close(outcome)
+            kind, _, text = outcome["reason"].partition(": ")
+            raise (UserError if kind == "bad_input" else TrainingFailed)(text or kind)
+        self.display.status("drawing the plots")
+        draw(self.run_dir, self.experiment.name)
+        self.display.status("handing the rest to MLflow")
+        delivered = tracker.close(outcome)
+        self.display.close()
+        notes = pending(delivered)
+        show_closing(self.experiment, self.request, time.monotonic() - self._started, notes)
+        return DONE if outcome["state"] == "finished" else STOPPED
+
+
+class Fit(threading.Thread):
+    """Ray Train's blocking `fit` on a thread, so that the main thread keeps the signals and the terminal."""
+
+    def __init__(self, job: dict[str, Any], workers: int, cpus: int, gpus: int):
+        super().__init__(name="ray-train", daemon=True)
+        self.job, self.workers, self.cpus, self.gpus = job, workers, cpus, gpus
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        import ray.train
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        from orchestrator.worker import work
+
+        trainer = TorchTrainer(
+            work,
+            train_loop_config=self.job,
+            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if self.gpus else "gloo"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=self.workers,
+                use_gpu=self.gpus > 0,
+                resources_per_worker={"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})},
+            ),
+            run_config=ray.train.RunConfig(
+                # A name of its own for every claim: Ray's snapshot of another life is never read (it may be torn).
+                name=f"claim-{self.job['generation']}",
+                storage_path=str(Path(self.job["run_dir"]) / ".ray"),
+                failure_config=ray.train.FailureConfig(max_failures=WORKER_RESTARTS),
+            ),
+        )
+        try:
+            trainer.fit()
+        except Exception as error:  # the driver decides, by the outcome the workers wrote
+            self.error = error
+
+
+def draw(run_dir: Path, name: str) -> None:
+    """plots/ and the readable samples, from the record alone."""
+    from orchestrator.plots import plot_curves
+    from orchestrator.samples import render_samples
+
+    plot_curves(run_dir / "metrics.jsonl", run_dir / "plots" / "curves.png", name)
+    render_samples(run_dir / "samples")
+
+
+def show_closing(experiment: Experiment, request: Request, seconds: float | None, notes: tuple[str, ...]) -> None:
+    closing = closing_of(request.runs_dir, experiment.name, seconds=seconds, notes=notes)
+    print_json(closing.to_json()) if request.json else closing_table(closing)
+
+
+def pending(delivered: Delivered | None) -> tuple[str, ...]:
+    """A note about rows that MLflow has not got yet."""
+    if delivered is None or not delivered.pending:
+        return ()
+    return (f"{delivered.pending} rows wait for MLflow ({delivered.problem}); the same command sends them later.",)
+
+
+def brief(error: BaseException | None) -> str:
+    """The last line of an error that may carry another process's whole traceback."""
+    lines = str(error).strip().splitlines() if error else []
+    return lines[-1].strip() if lines else "no reason given"
+
+
+def check_device(config: RunConfig) -> None:
+    """Refuse early what this machine's device cannot compute; on a cluster the workers find out."""
+    if config.precision.compute == "fp32" or os.environ.get("RAY_ADDRESS"):
+        return
+    from trainers.devices import check_precision, resolve_device
+
+    check_precision(config.precision, resolve_device(config.device))

@@ -1,0 +1,169 @@
+"""What a run will do, before it does it: steps, tokens, checkpoints and disk, from the configuration and the text.
+
+`derive_plan` is pure; `plan_run` takes its numbers from prepared data, `survey_plan.py` from a bounded sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from trainers.budget import evaluation_interval, phase_steps
+from trainers.config import OptimConfig, Phase, RunConfig
+from trainers.errors import DataError
+
+if TYPE_CHECKING:
+    from trainers.data.packed import PackedTokens
+    from trainers.data.stream import StreamedSource
+    from trainers.data.types import PreparedData
+
+BYTES_PER_VALUE = 4  # weights and moments are kept in fp32 under every compute precision
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One phase in all three clocks."""
+
+    name: str
+    steps: int
+    tokens: int
+    """inputs trained on: steps x tokens_per_step"""
+    epochs: float | None
+    """passes over its text; None for a stream"""
+    steps_per_epoch: int | None
+    evaluations: int
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A whole run; sizes in bytes."""
+
+    parameters: int
+    phases: tuple[PhasePlan, ...]
+    total_steps: int
+    total_tokens: int
+    checkpoint_bytes: int
+    """one checkpoint: weights and optimizer state"""
+    scheduled_checkpoints: int
+    """written by checkpoint.every_steps and at the end of each phase; those by the clock and by a new best come besides"""
+    kept_checkpoints: int
+    """on the disk when the run has ended, at most"""
+    disk_bytes: int
+    """of checkpoints at the worst moment: those kept and the one being written"""
+    snapshot_bytes: int
+    """memory that a save in the background copies the state into"""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def derive_plan(config: RunConfig, *, parameters: int, steps_per_epoch: Sequence[int | None]) -> RunPlan:
+    """The plan of `config` for a model of `parameters` values, with the length of each phase's text in steps.
+
+    Raises ConfigError for epochs of a stream, DataError for a text shorter than one step.
+    """
+    specs = config.resolved_phases()
+    assert len(specs) == len(steps_per_epoch)
+    phases = tuple(plan_phase(config, spec, length) for spec, length in zip(specs, steps_per_epoch, strict=True))
+    one = parameters * BYTES_PER_VALUE * (1 + max(optimizer_values(spec.optim) for spec in specs))
+    scheduled = scheduled_checkpoints([phase.steps for phase in phases], config.checkpoint.every_steps)
+    kept = kept_checkpoints(config, scheduled, evaluations=sum(phase.evaluations for phase in phases))
+    return RunPlan(
+        parameters=parameters,
+        phases=phases,
+        total_steps=sum(phase.steps for phase in phases),
+        total_tokens=sum(phase.tokens for phase in phases),
+        checkpoint_bytes=one,
+        scheduled_checkpoints=scheduled,
+        kept_checkpoints=kept,
+        disk_bytes=one * (kept + 1),
+        snapshot_bytes=one,
+    )
+
+
+def plan_run(config: RunConfig, data: PreparedData) -> RunPlan:
+    """The plan of `config` on its packed text."""
+    from trainers.models import parameter_count
+
+    return derive_plan(
+        config,
+        parameters=parameter_count(config.model, config.model.vocab_size or data.tokenizer.vocab_size),
+        steps_per_epoch=[
+            steps_per_epoch(config, [packed_tokens(source) for source in phase.sources]) for phase in data.phases
+        ],
+    )
+
+
+def total_steps(config: RunConfig, data: PreparedData) -> int:
+    """Steps of the whole run on its packed text; imports no torch."""
+    lengths = [steps_per_epoch(config, [packed_tokens(source) for source in phase.sources]) for phase in data.phases]
+    specs = config.resolved_phases()
+    return sum(plan_phase(config, spec, length).steps for spec, length in zip(specs, lengths, strict=True))
+
+
+def packed_tokens(source: PackedTokens | StreamedSource) -> int | None:
+    """Tokens of a source; None for a stream, whose length nobody knows."""
+    tokens = getattr(source, "tokens", None)
+    return None if tokens is None else len(tokens)
+
+
+def steps_per_epoch(config: RunConfig, tokens: Sequence[int | None]) -> int | None:
+    """Whole steps in one pass over sources of so many tokens: rows never cross from one source to another, and each
+    needs one token more than it has inputs. None where a source is a stream."""
+    rows = 0
+    for n in tokens:
+        if n is None:
+            return None
+        rows += max(0, n - 1) // config.sequence_length
+    return rows // config.sequences_per_step
+
+
+def plan_phase(config: RunConfig, spec: Phase, steps_per_epoch: int | None) -> PhasePlan:
+    """One phase, whose text makes `steps_per_epoch` steps (None: a stream)."""
+    if steps_per_epoch == 0:
+        raise DataError(
+            f"phase {spec.name!r}: the training text is shorter than one step of {config.sequences_per_step} sequences "
+            f"of {config.sequence_length} tokens. Use more text, or lower batch.sequences or data.sequence_length."
+        )
+    steps = phase_steps(spec.budget, tokens_per_step=config.tokens_per_step, steps_per_epoch=steps_per_epoch)
+    interval = evaluation_interval(config.evaluation, steps_per_epoch)
+    return PhasePlan(
+        name=spec.name,
+        steps=steps,
+        tokens=steps * config.tokens_per_step,
+        epochs=None if steps_per_epoch is None else steps / steps_per_epoch,
+        steps_per_epoch=steps_per_epoch,
+        evaluations=1 + ((steps - 1) // interval if interval else 0),
+    )
+
+
+def optimizer_values(optim: OptimConfig) -> int:
+    """Values of optimizer state for each weight: two moments, one velocity, or none."""
+    match optim.name:
+        case "adamw" | "adam":
+            return 2
+        case "sgd":
+            return 1 if optim.momentum > 0 else 0
+        case "rmsprop":
+            return 2 if optim.momentum > 0 else 1
+
+
+def scheduled_checkpoints(steps: Sequence[int], every_steps: int | None) -> int:
+    """Distinct steps at which a save is certain: multiples of `every_steps` over the run, and the end of each phase."""
+    ends, at = set(), 0
+    for phase in steps:
+        at += phase
+        ends.add(at)
+    if every_steps is None:
+        return len(ends)
+    return at // every_steps + sum(end % every_steps != 0 for end in ends)
+
+
+def kept_checkpoints(config: RunConfig, scheduled: int, *, evaluations: int) -> int:
+    """How many stand on the disk at the end, at most: the last few, and the best besides."""
+    if config.checkpoint.every_minutes is None:
+        written = scheduled + (evaluations if config.checkpoint.save_best else 0)
+    else:
+        written = config.checkpoint.keep_last_n + 1  # however long the run takes
+    return min(written, config.checkpoint.keep_last_n + (1 if config.checkpoint.save_best else 0))

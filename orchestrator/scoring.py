@@ -1,0 +1,110 @@
+"""`orchestrate evaluate`: the scores of a trained model on a text."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from orchestrator.console import count, err, out, print_json
+from orchestrator.runs import existing_run, name_in
+from orchestrator.target import absolute
+from trainers.config import SourceConfig
+
+if TYPE_CHECKING:
+    from orchestrator.trained import Trained
+    from trainers.data.packed import PackedTokens
+
+ROWS = 16  # windows in one forward; the scores do not depend on it beyond rounding
+
+SCORES = (
+    ("val/loss", "loss (nats per token)"),
+    ("val/perplexity", "perplexity"),
+    ("val/bits_per_byte", "bits per byte"),
+    ("val/bits_per_character", "bits per character"),
+    ("val/accuracy", "accuracy"),
+)
+
+
+def score_run(
+    *, run: str, data: str | None, text_field: str | None, checkpoint: str | None, device: str, runs_dir: Path, json: bool
+) -> int:
+    """Print the scores; the exit code. Raises UserError for a run, checkpoint or text that cannot be used."""
+    existing_run(runs_dir, run)  # a misspelt name is told before torch is imported
+    from orchestrator.trained import open_trained
+
+    trained = open_trained(runs_dir, run, checkpoint=checkpoint, device=device)
+    with tempfile.TemporaryDirectory(prefix="orchestrate-") as folder:
+        text, label = _text(trained, data, text_field, runs_dir, Path(folder))
+        scores = score(trained, text)
+    if json:
+        print_json(
+            {
+                "run": name_in(runs_dir, run),
+                "step": trained.step,
+                "checkpoint": str(trained.checkpoint),
+                "data": label,
+                "metrics": scores,
+            }
+        )
+        return 0
+    console = out()
+    console.print(Text(f"{run} at step {count(trained.step)} on {label} ({count(scores['val/tokens'])} tokens scored)"),
+                  soft_wrap=True)  # fmt: skip
+    for name, meaning in SCORES:
+        console.print(Text(f"  {meaning:<22} {scores[name]:.5g}"))
+    return 0
+
+
+def score(trained: Trained, text: PackedTokens) -> dict[str, float]:
+    """val/loss and the rest over every token of a packed text, in the precision the run was trained in."""
+    from trainers.devices import check_precision
+    from trainers.evaluate import evaluate
+    from trainers.objectives import build_objective
+
+    check_precision(trained.config.precision, trained.device)
+    return evaluate(
+        trained.model,
+        text,
+        sequence_length=trained.config.sequence_length,
+        rows=ROWS,
+        device=trained.device,
+        precision=trained.config.precision,
+        objective=build_objective(trained.config),
+    )
+
+
+def _text(
+    trained: Trained, data: str | None, text_field: str | None, runs_dir: Path, folder: Path
+) -> tuple[PackedTokens, str]:
+    """The text to score and what to call it: `data` packed into `folder`, or the run's own validation text."""
+    if data is None:
+        from trainers.data.prepare import prepare
+
+        prepared = prepare(trained.config, runs_dir / ".cache", progress=_progress)
+        return prepared.phases[-1].validation, "its validation text"
+    from trainers.data.corpora import open_corpus
+    from trainers.data.packed import build_packed
+
+    source = SourceConfig(corpus=absolute(data)) if text_field is None else SourceConfig(corpus=absolute(data), text_field=text_field)
+    corpus = open_corpus(source)
+    packed = build_packed(
+        folder / "packed",
+        [corpus.pieces()],
+        trained.tokenizer,
+        end_documents=True,
+        progress=_progress,
+        total_bytes=corpus.size_bytes or 0,
+    )
+    return packed, os.path.relpath(source.corpus) if os.path.exists(source.corpus) else source.corpus
+
+
+def _progress(done_bytes: int, total_bytes: int, what: str) -> None:
+    """On a terminal only, on one line of standard error."""
+    console = err()
+    if console.is_terminal:
+        share = f" {done_bytes / total_bytes:.0%}" if total_bytes else ""
+        console.print(Text(f"\r{what}{share} "), end="\r")

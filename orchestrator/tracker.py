@@ -1,0 +1,143 @@
+"""Tracker: one run's MLflow life as the driver leads it, opened on a thread while Ray starts."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.experiment import Experiment, write_identity
+from orchestrator.provenance import describe_environment
+from orchestrator.redaction import redact
+
+if TYPE_CHECKING:
+    from orchestrator.feeder import Delivered, Feeder
+    from orchestrator.tracking import EndState, Store, TrackedRun
+
+END_STATES: dict[str, EndState] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+DELIVERED = "logs/delivered.json"
+CLOSE_S = 20.0  # patience with a store that is away when the run has ended
+
+
+class Tracker:
+    """The run in MLflow, its phases' runs, and the feeder that sends the record on."""
+
+    def __init__(self, experiment: Experiment, runs_dir: Path, say: Callable[[str], None]):
+        self.experiment = experiment
+        self._say = say
+        self._store: Store | None = None
+        self._error: BaseException | None = None
+        self._run: TrackedRun | None = None
+        self._phases: dict[str, TrackedRun] = {}
+        self._feeder: Feeder | None = None
+        self._opening = threading.Thread(target=self._open_store, args=(runs_dir,), name="open-mlflow", daemon=True)
+        self._opening.start()
+
+    def _open_store(self, runs_dir: Path) -> None:
+        try:
+            from orchestrator.tracking import open_store
+
+            self._store = open_store(runs_dir)
+        except BaseException as error:  # raised again in `open`, on the driver's thread
+            self._error = error
+
+    def open(self) -> None:
+        """Attach to this run's MLflow run or begin it; raises UserError when the store cannot be used."""
+        self._opening.join()
+        if self._error is not None:
+            raise self._error
+        assert self._store is not None
+        from orchestrator.feeder import Feeder
+
+        experiment, identity = self.experiment, self.experiment.identity
+        tags = {
+            **describe_environment(),
+            "preset": experiment.config.preset,
+            "precision": experiment.config.precision.compute,
+            "fingerprint": experiment.fingerprint,
+            "tokenizer.fingerprint": identity["tokenizer"],
+            "run_path": str(experiment.run_dir),
+        }
+        system = experiment.config.preset.split("/")[0]
+        self._run = self._store.open_run(
+            system,
+            experiment.name,
+            run_id=identity.get("mlflow_run_id"),
+            tags=tags,
+            params={
+                **experiment.config.model_dump(mode="json"),
+                "corpus": identity["data"],
+                "fingerprint": experiment.fingerprint,
+            },
+        )
+        specs = experiment.config.resolved_phases()
+        if len(specs) > 1:
+            known = identity.get("mlflow_phase_run_ids", {})
+            for spec in specs:
+                self._phases[spec.name] = self._store.open_run(
+                    system,
+                    f"{experiment.name}/{spec.name}",
+                    run_id=known.get(spec.name),
+                    tags={"preset": experiment.config.preset, "phase": spec.name, "fingerprint": experiment.fingerprint},
+                    params=spec.model_dump(mode="json", exclude={"index"}),
+                    parent_run_id=self._run.run_id,
+                )
+        phase_ids = {name: run.run_id for name, run in self._phases.items()}
+        write_identity(
+            experiment,
+            tracking_uri=redact(self._store.uri),
+            mlflow_run_id=self._run.run_id,
+            mlflow_phase_run_ids=phase_ids,
+            mlflow_ended=False,
+        )
+        self._feeder = Feeder(
+            experiment.run_dir / "metrics.jsonl",
+            [spec.name for spec in specs],
+            self._run,
+            self._phases,
+            experiment.run_dir / DELIVERED,
+            say=self._say,
+        )
+        self._feeder.start()
+
+    @property
+    def url_hint(self) -> str | None:
+        """The command that opens the UI, once the run is open."""
+        return self._run.url_hint() if self._run else None
+
+    def close(self, outcome: dict[str, Any]) -> Delivered | None:
+        """Send what is left with the plots, samples and links, and end the run truthfully; never raises for a store
+        that is away: what could not be sent stays in the record, and the same command sends it later."""
+        from orchestrator.tracking import TrackingRefused, TrackingUnavailable
+
+        if self._run is None or self._feeder is None:
+            return None
+        delivered = self._feeder.close(CLOSE_S)
+        with contextlib.suppress(TrackingUnavailable, TrackingRefused):
+            self._send_files(self._run)
+            reason = "error" if outcome["state"] == "failed" else outcome["reason"]
+            for run in (*self._phases.values(), self._run):
+                run.finish(END_STATES[outcome["state"]], reason)
+            write_identity(self.experiment, mlflow_ended=True)
+        return delivered
+
+    def _send_files(self, run: TrackedRun) -> None:
+        folder = self.experiment.run_dir
+        for name, target in (("config.yaml", None), ("plots", "plots"), ("samples", "samples")):
+            if (folder / name).exists():
+                run.log_artifact(folder / name, target)
+        for pointer in ("latest", "best"):
+            path = folder / "checkpoints" / pointer
+            if path.is_file():
+                run.log_link(pointer, folder / "checkpoints" / path.read_text(encoding="utf-8").strip())
+
+
+def owes(experiment: Experiment) -> bool:
+    """Whether a run that has ended still has something to tell MLflow."""
+    from orchestrator.feeder import count_rows, read_position
+
+    identity, metrics = experiment.identity, experiment.run_dir / "metrics.jsonl"
+    position = read_position(experiment.run_dir / DELIVERED, metrics, identity.get("mlflow_run_id", ""))
+    return not identity.get("mlflow_ended") or count_rows(metrics, position.offset) > 0

@@ -1,0 +1,86 @@
+"""A trained model as its run left it: weights, tokenizer, configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from orchestrator.runs import existing_run
+from trainers.checkpoint import Checkpoint, CheckpointStore
+from trainers.config import ModelConfig, RunConfig
+from trainers.config_io import build_config, read_yaml
+from trainers.data.tokenizers import load_tokenizer
+from trainers.devices import resolve_device
+from trainers.errors import CheckpointError, UserError
+from trainers.models import build_model
+
+if TYPE_CHECKING:
+    from trainers.data.types import Tokenizer
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Ready to write and to be scored."""
+
+    config: RunConfig
+    model: nn.Module
+    tokenizer: Tokenizer
+    checkpoint: Path
+    step: int
+    device: torch.device
+
+
+def open_trained(runs_dir: Path, name: str, *, checkpoint: str | None, device: str) -> Trained:
+    """The model of run `name` at `checkpoint` (best, latest or a step; None: best where there is one, else latest).
+
+    Raises UserError where the run, the checkpoint or the device is not there, CheckpointError where it is damaged.
+    """
+    folder = existing_run(runs_dir, name)
+    target = resolve_device(device)
+    config = build_config(read_yaml(folder / "config.yaml"))
+    found = choose(CheckpointStore(folder / "checkpoints", None), folder.name, checkpoint)
+    model = build_model(ModelConfig.model_validate(found.meta["model"]), found.meta["vocab_size"])
+    load_weights(model, found)
+    return Trained(
+        config=config,
+        model=model.to(target).eval(),
+        tokenizer=load_tokenizer(folder / "tokenizer"),
+        checkpoint=found.path,
+        step=found.step,
+        device=target,
+    )
+
+
+def choose(store: CheckpointStore, name: str, which: str | None) -> Checkpoint:
+    """The checkpoint a person asked for, verified."""
+    if which is None:
+        found = store.best_or_latest()
+    elif which == "latest":
+        found = store.latest()
+    elif which == "best":
+        found = store.best()
+    elif which.isdecimal() and len(which) < 16:
+        found = store.at(int(which))
+    else:
+        raise UserError(f"--checkpoint is best, latest or a step such as 300, not {which!r}.")
+    if found is None:
+        what = "no checkpoint yet" if which in (None, "latest") else f"no checkpoint {which!r}"
+        raise UserError(f"run {name!r} has {what}. `orchestrate status {name}` shows what it has.")
+    return found
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Put the checkpoint's weights into the model. CheckpointError where they are of another shape of model."""
+    tensors = checkpoint.load("model")
+    needed = {name for name, _ in model.named_parameters()}  # a tied matrix has one name here and two in state_dict
+    missing = sorted(needed - tensors.keys())
+    if missing:
+        raise CheckpointError(f"{checkpoint.path} lacks {', '.join(missing[:3])}: it was written for another model.")
+    try:
+        model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{checkpoint.path} does not fit its own model: {str(error).splitlines()[-1].strip()}") from error

@@ -1,0 +1,197 @@
+"""train, plan, show, presets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orchestrator.verbs import options
+
+if TYPE_CHECKING:
+    from orchestrator.target import Flags, Target
+
+
+def train(
+    settings: options.Settings = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", metavar="NAME", help="Name of the run.", show_default="preset + fingerprint"),
+    ] = None,
+    data: options.Data = None,
+    text_field: options.TextField = None,
+    runs_dir: options.RunsDir = options.DEFAULT_RUNS,
+    workers: options.Workers = None,
+    precision: options.Precision = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    init_from: options.InitFrom = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would do and leave nothing behind (`orchestrate plan`).")
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew as NAME-2 beside a run of that name.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show Ray's own log lines too.")] = False,
+    json: options.Json = False,
+) -> int:
+    """Train a language model; the same command goes on where it stopped.
+
+    [bold]Examples[/bold]
+
+      orchestrate train fundamentallm/small --name first-run
+      orchestrate train fundamentallm/small --data book.txt budget.epochs=3
+      orchestrate train codelm/tiny optim.lr=1e-3 batch.sequences=16
+      orchestrate train mine.yaml --workers 2 --precision bf16
+      orchestrate train first-run                        continue it
+      orchestrate train first-run budget.epochs=+1       train a finished run further
+
+    Ctrl-C saves a checkpoint and stops. Exit codes: 0 done, 1 internal error, 2 bad input, 3 training failed,
+    75 stopped and resumable.
+    """
+    from orchestrator.target import Flags
+
+    flags = Flags(tuple(data or ()), text_field, workers, precision, seed, device, init_from)
+    if dry_run:
+        return _plan(settings, flags, runs_dir, json, name)
+    from orchestrator.experiment import Request
+    from orchestrator.runs import run_folder
+
+    target = _resolve(settings, flags, runs_dir)
+    extending = target.kind == "run" and name in (None, target.label)
+    request = Request(
+        runs_dir=runs_dir.absolute(),
+        name=target.label if extending else name,
+        fresh=fresh,
+        verbose=verbose,
+        json=json,
+        overrides=target.overrides,
+        extending=extending,
+    )
+    if request.name is not None:
+        run_folder(request.runs_dir, request.name)
+    _say_notes(target)
+    from orchestrator.launch import train as launch
+
+    return launch(target.config, request)
+
+
+def plan(
+    settings: options.Settings = None,
+    data: options.Data = None,
+    text_field: options.TextField = None,
+    runs_dir: options.RunsDir = options.DEFAULT_RUNS,
+    workers: options.Workers = None,
+    precision: options.Precision = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    init_from: options.InitFrom = None,
+    json: options.Json = False,
+) -> int:
+    """Say what `train` would do: parameters, tokens, steps, checkpoints, disk.
+
+    Opens the data (a sample of big files), trains nothing, starts nothing, leaves nothing behind.
+
+    [bold]Examples[/bold]
+
+      orchestrate plan fundamentallm/medium --data book.txt
+      orchestrate plan codelm/large batch.sequences=64 --json
+    """
+    from orchestrator.target import Flags
+
+    flags = Flags(tuple(data or ()), text_field, workers, precision, seed, device, init_from)
+    return _plan(settings, flags, runs_dir, json, None)
+
+
+def show(
+    settings: options.Settings = None,
+    data: options.Data = None,
+    text_field: options.TextField = None,
+    runs_dir: options.RunsDir = options.DEFAULT_RUNS,
+    workers: options.Workers = None,
+    precision: options.Precision = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    init_from: options.InitFrom = None,
+    json: options.Json = False,
+) -> int:
+    """Check a configuration and print it whole, as YAML that `train` accepts. Opens no data.
+
+    [bold]Examples[/bold]
+
+      orchestrate show codelm/large > mine.yaml          edit it, then: orchestrate train mine.yaml
+      orchestrate show fundamentallm/small model.dropout=0
+      orchestrate show first-run                         what a run was started with
+    """
+    import sys
+
+    from orchestrator.console import print_json
+    from orchestrator.target import Flags
+    from trainers.config_io import dump_yaml
+
+    flags = Flags(tuple(data or ()), text_field, workers, precision, seed, device, init_from)
+    target = _resolve(settings, flags, runs_dir)
+    if json:
+        print_json(target.config.model_dump(mode="json"))
+    else:
+        _say_notes(target)
+        sys.stdout.write(dump_yaml(target.config))
+    return 0
+
+
+def presets(json: options.Json = False) -> int:
+    """List the presets: configurations that come along, to train as they are or to start from.
+
+    [bold]Examples[/bold]
+
+      orchestrate presets
+      orchestrate show fundamentallm/small               everything one of them sets
+      orchestrate train fundamentallm/small optim.lr=1e-3
+    """
+    from orchestrator.console import out, print_json
+    from orchestrator.presets_table import preset_rows, presets_table
+
+    rows = preset_rows()
+    if json:
+        print_json(rows)
+        return 0
+    console = out()
+    console.print(presets_table(rows))
+    console.print("\nSee all of one: orchestrate show NAME.  Train it: orchestrate train NAME --name my-run", soft_wrap=True)
+    return 0
+
+
+def _resolve(settings: list[str] | None, flags: Flags, runs_dir: Path) -> Target:
+    from orchestrator.target import resolve
+
+    return resolve(list(settings or ()), flags, runs_dir.absolute())
+
+
+def _plan(settings: list[str] | None, flags: Flags, runs_dir: Path, json: bool, name: str | None) -> int:
+    from orchestrator.console import out, print_json
+    from orchestrator.runs import run_folder
+    from orchestrator.survey_plan import plan_json, plan_tables, survey_plan
+
+    target = _resolve(settings, flags, runs_dir)
+    if name is not None:
+        run_folder(runs_dir.absolute(), name)
+    report = survey_plan(target.config, runs_dir.absolute())
+    if json:
+        print_json(plan_json(report))
+        return 0
+    _say_notes(target)
+    console = out()
+    for part in plan_tables(report):
+        console.print(part)
+    return 0
+
+
+def _say_notes(target: Target) -> None:
+    """What a person should know goes to standard error: standard output may be a file."""
+    from rich.text import Text
+
+    from orchestrator.console import err
+
+    for note in target.notes:
+        err().print(Text(note, style="yellow"), soft_wrap=True)

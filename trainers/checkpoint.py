@@ -1,0 +1,442 @@
+"""CheckpointStore: save in the background, commit atomically, keep the newest and the best.
+
+The protocol. Every rank writes its files into one staging directory, syncs them, and leaves a note of their sizes
+and digests; rank 0 waits for the notes, writes state.json and the manifest, syncs, and, holding the run's guard,
+renames the staging directory to its final name. Only then move the pointers, and only after that are older
+checkpoints deleted. At every instant some directory verifies: the old one, or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from trainers.claim import Guard
+from trainers.config import NAME_PATTERN
+from trainers.errors import CheckpointError, TrainingFailed
+from trainers.filesystem import Filesystem, remove_tree, write_file
+from trainers.manifest import (
+    MANIFEST,
+    STATE,
+    SUFFIX,
+    Checkpoint,
+    FileEntry,
+    Manifest,
+    best,
+    committed_steps,
+    newest,
+    read_checkpoint,
+    render_meta,
+    sound_checkpoints,
+    step_name,
+)
+from trainers.safetensors_io import file_size, write_safetensors
+from trainers.snapshot import SnapshotBuffer
+
+__all__ = ["Checkpoint", "CheckpointStore", "SaveReport"]
+
+HEADROOM = 1.2  # of the predicted bytes must be free before a save begins
+RANK_TIMEOUT_S = 120.0
+POLL_S = 0.01
+
+_TEMPORARY = re.compile(r"\.tmp-.+-(\d+)\.(\d+)(?:\.(\d+))?")  # .tmp-WHAT-GENERATION.ATTEMPT[.SAVE]
+
+log = logging.getLogger(__name__)
+Files = Mapping[str, Mapping[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What the last committed save cost."""
+
+    step: int
+    size_bytes: int
+    stall_s: float
+    """how long `save` kept the training waiting"""
+    durable_s: float
+    """from the call of `save` until it was durable"""
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """One save, as it was when `save` was called."""
+
+    step: int
+    tensors: dict[tuple[str, str], torch.Tensor]
+    meta: bytes
+    best: bool
+    staging: Path
+    called: float
+    stall_s: float
+
+    def files(self) -> dict[str, dict[str, torch.Tensor]]:
+        """File name -> tensor name -> tensor."""
+        files: dict[str, dict[str, torch.Tensor]] = {}
+        for (stem, name), tensor in self.tensors.items():
+            files.setdefault(f"{stem}{SUFFIX}", {})[name] = tensor
+        return files
+
+
+class SaveFailed(Exception):
+    """A checkpoint that could not be written for a reason outside the program."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run, as one rank sees them. Every rank saves at the same steps.
+
+    on_disk_full: `continue` warns, keeps the reason in `last_error` and lets the training go on; `stop` raises
+    TrainingFailed at the next call. `guard` may be None for a store that only reads. `before_commit` runs in the
+    background on rank 0 just before a checkpoint becomes visible: what must be durable before the steps up to it can
+    no longer be replayed. `warn` is called from the background too.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        guard: Guard | None,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        keep_last_n: int = 3,
+        save_best: bool = True,
+        on_disk_full: Literal["continue", "stop"] = "continue",
+        filesystem: Filesystem | None = None,
+        warn: Callable[[str], object] = log.warning,
+        before_commit: Callable[[], object] = lambda: None,
+        rank_timeout_s: float = RANK_TIMEOUT_S,
+    ) -> None:
+        self.directory = directory
+        self.last_error: SaveFailed | None = None
+        self.last_save: SaveReport | None = None
+        self._guard = guard
+        self._rank = rank
+        self._world_size = world_size
+        self._keep_last_n = keep_last_n
+        self._save_best = save_best
+        self._stop_on_failure = on_disk_full == "stop"
+        self._fs = filesystem or Filesystem()
+        self._warn = warn
+        self._before_commit = before_commit
+        self._rank_timeout_s = rank_timeout_s
+        self._buffer: SnapshotBuffer[tuple[str, str]] = SnapshotBuffer()
+        self._thread: threading.Thread | None = None
+        self._raise_next: BaseException | None = None
+        self._saves = 0  # counted alike on every rank, so that each save has a staging directory of its own
+        self._committed: int | None = None
+        self._damaged: set[int] = set()
+
+    # ---- saving, in the training's thread -------------------------------------------------------------
+
+    def reserve(self, files: Files) -> None:
+        """Set the snapshot's memory aside before training, so that the first save is as cheap as the others."""
+        self._buffer.reserve(_flat(files))
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Memory that snapshots hold on this rank."""
+        return self._buffer.size_bytes
+
+    def save(self, step: int, files: Files, meta: Mapping[str, Any], *, best: bool = False, wait: bool = False) -> None:
+        """Copy the state as it is now, and write and commit it in the background (before returning, with `wait`).
+
+        files: file stem -> name -> tensor, on any device; each rank gives its own stems. meta: JSON, rank 0's counts.
+        A step is saved once: where a sound checkpoint of it stands, that one stays, and `best` still marks it.
+        Raises Superseded when a newer claim owns the run, and TrainingFailed as `on_disk_full` says.
+        """
+        self._join()
+        self._raise_if_due()
+        called = time.perf_counter()
+        for stem in files:
+            assert NAME_PATTERN.fullmatch(stem), f"{stem!r} is no file name"
+        assert self._guard is not None, "this store only reads"
+        self._saves += 1
+        staging = self.directory / f".tmp-{step_name(step)}-{self._ours}.{self._saves}"
+        # Nothing is copied for a step that has just been committed: only the pointer may have to move.
+        tensors = {} if step == self._committed else self._buffer.copy(_flat(files))
+        text = render_meta(meta) if self._rank == 0 else b""
+        snapshot = _Snapshot(step, tensors, text, best and self._save_best, staging, called, time.perf_counter() - called)
+        self._thread = threading.Thread(target=self._run, args=(snapshot,), name=f"save {step_name(step)}")
+        self._thread.start()
+        if wait:
+            self.wait()
+
+    def wait(self) -> bool:
+        """Wait until the save in flight has ended; whether the last one is durable. Raises what `save` raises.
+
+        Durable on rank 0 means committed; on the others, that their part is written.
+        """
+        self._join()
+        self._raise_if_due()
+        return self.last_error is None
+
+    def close(self) -> None:
+        """Let a save in flight end; errors stay where they are."""
+        self._join()
+        if self._rank == 0 and self._guard is not None:
+            self._remove_own_staging(before_save=self._saves + 1)
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _raise_if_due(self) -> None:
+        error, self._raise_next = self._raise_next, None
+        if error is not None:
+            raise error
+
+    # ---- reading ----------------------------------------------------------------------------------------
+
+    def latest(self, *, verify: bool = True) -> Checkpoint | None:
+        """The newest sound checkpoint; warns of each damaged one that it passes over."""
+        found = sound_checkpoints(self.directory, verify=verify, warn=self._warn, damaged=self._damaged.add)
+        return next(found, None)
+
+    def best(self, *, verify: bool = True) -> Checkpoint | None:
+        """The checkpoint with the best evaluation."""
+        return best(self.directory, verify=verify, warn=self._warn)
+
+    def best_or_latest(self) -> Checkpoint | None:
+        return self.best() or self.latest()
+
+    def at(self, step: int, *, verify: bool = False) -> Checkpoint:
+        """The checkpoint of one step. Raises CheckpointError saying what is wrong with it."""
+        return read_checkpoint(self.directory, step, verify=verify)
+
+    def all(self) -> tuple[Checkpoint, ...]:
+        """Every checkpoint whose manifest and sizes are right, oldest first."""
+        return tuple(sound_checkpoints(self.directory, verify=False, warn=self._warn))[::-1]
+
+    def prune_staging(self) -> None:
+        """Remove what earlier attempts left half-made; foreign files and our own stay."""
+        assert self._guard is not None, "this store only reads"
+        self._guard.check()
+        for path, owner, _ in self._temporaries():
+            if owner < (self._guard.generation, self._guard.attempt):
+                remove_tree(self._fs, path)
+
+    # ---- writing, in the background -----------------------------------------------------------------------
+
+    def _run(self, snapshot: _Snapshot) -> None:
+        """One save from snapshot to rotation; nothing escapes, everything is kept for the next call."""
+        try:
+            try:
+                self._write_and_commit(snapshot)
+                self.last_error = None
+            except OSError as error:
+                raise SaveFailed(self._explain(snapshot, error.strerror or str(error))) from error
+        except SaveFailed as error:
+            self._give_up(snapshot)
+            self.last_error = error
+            if self._stop_on_failure:
+                self._raise_next = TrainingFailed(f"{error} (checkpoint.on_disk_full is stop.)")
+            else:
+                self._warn(f"{error} Training goes on.")
+        except BaseException as error:  # noqa: BLE001  carried to the training's thread, which raises it
+            self._give_up(snapshot)
+            self._raise_next = error
+
+    def _write_and_commit(self, snapshot: _Snapshot) -> None:
+        assert self._guard is not None
+        self._guard.check()
+        if self._rank > 0:
+            self._write_share(snapshot)
+            return
+        self._remove_own_staging(before_save=self._saves)
+        if self._stands(snapshot.step):
+            if snapshot.best:
+                self._point("best", snapshot.step)
+                self._fs.fsync_dir(self.directory)
+            return
+        files = self._write_payload(snapshot)
+        files |= self._shares_of_others(snapshot)
+        self._write_manifest(snapshot, files)
+        self._before_commit()
+        self._publish(snapshot)
+        self._point("latest", snapshot.step)
+        if snapshot.best:
+            self._point("best", snapshot.step)
+        self._fs.fsync_dir(self.directory)
+        size = sum(entry.size for entry in files.values())
+        self.last_save = SaveReport(snapshot.step, size, snapshot.stall_s, time.perf_counter() - snapshot.called)
+        self._rotate(snapshot.step)
+
+    def _stands(self, step: int) -> bool:
+        """Whether a sound checkpoint of this step is there already."""
+        if step == self._committed:
+            return True
+        if not os.path.lexists(self.directory / step_name(step)):
+            return False
+        try:
+            read_checkpoint(self.directory, step, verify=True)
+        except CheckpointError:
+            return False
+        return True
+
+    def _write_payload(self, snapshot: _Snapshot) -> dict[str, FileEntry]:
+        """This rank's files, durable; what the manifest will say of them."""
+        if not self.directory.is_dir():
+            self._fs.mkdir(self.directory)
+            self._fs.fsync_dir(self.directory.parent)
+        needed = sum(file_size(tensors) for tensors in snapshot.files().values()) + len(snapshot.meta)
+        if self._fs.free_space(self.directory) < needed * HEADROOM:
+            raise SaveFailed(self._explain(snapshot, "no space left on device"))
+        self._fs.mkdir(snapshot.staging)
+        return {
+            name: FileEntry(*write_safetensors(self._fs, snapshot.staging / name, tensors))
+            for name, tensors in snapshot.files().items()
+        }
+
+    def _write_manifest(self, snapshot: _Snapshot, files: dict[str, FileEntry]) -> None:
+        """state.json, then manifest.json; after this the staging directory is whole and durable."""
+        write_file(self._fs, snapshot.staging / STATE, snapshot.meta)
+        files[STATE] = FileEntry.of(snapshot.meta)
+        manifest = Manifest(snapshot.step, *self._owner, self._world_size, snapshot.best, files)
+        write_file(self._fs, snapshot.staging / MANIFEST, manifest.render())
+        self._fs.fsync_dir(snapshot.staging)
+
+    def _publish(self, snapshot: _Snapshot) -> None:
+        """Give the staging directory its name, if the run is still ours; then make the name durable."""
+        assert self._guard is not None
+        final = self.directory / step_name(snapshot.step)
+        with self._guard.held():
+            if os.path.lexists(final):  # damaged, as `_stands` found
+                self._fs.rename(final, self._aside(snapshot.step))
+            self._fs.rename(snapshot.staging, final)
+        self._fs.fsync_dir(self.directory)
+        self._committed = snapshot.step
+        self._damaged.discard(snapshot.step)
+
+    def _point(self, name: str, step: int) -> None:
+        assert self._guard is not None
+        temporary = self.directory / f".tmp-{name}-{self._ours}"
+        write_file(self._fs, temporary, f"{step_name(step)}\n".encode())
+        with self._guard.held():
+            self._fs.rename(temporary, self.directory / name)
+
+    def _rotate(self, committed: int) -> None:
+        """Delete what need not be kept. A failure here is no failed save."""
+        assert self._guard is not None
+        try:
+            for step in self._superfluous(committed):
+                aside = self._aside(step)
+                with self._guard.held():  # one rename, so no half-deleted checkpoint ever bears its name
+                    self._fs.rename(self.directory / step_name(step), aside)
+            for path, owner, _ in self._temporaries():
+                if path.name.startswith(".tmp-old-") and owner <= self._owner:
+                    remove_tree(self._fs, path)
+        except OSError as error:
+            self._warn(f"old checkpoints in {self.directory} could not be deleted: {error.strerror or error}")
+
+    def _superfluous(self, committed: int) -> list[int]:
+        """Steps before the one just committed that are neither among the newest sound ones nor the best."""
+        steps = committed_steps(self.directory)
+        sound = [step for step in steps if step not in self._damaged]
+        keep = {committed, *sound[-self._keep_last_n :]}
+        if self._save_best:
+            found = best(self.directory, verify=False, warn=lambda text: None)
+            keep |= {found.step} if found else set()
+        return [step for step in steps if step < committed and step not in keep]
+
+    # ---- several ranks, without a collective --------------------------------------------------------------
+
+    def _write_share(self, snapshot: _Snapshot) -> None:
+        """A rank above 0: its files, then the note that rank 0 waits for."""
+        files = self._write_payload(snapshot)
+        self._leave_note(snapshot, {name: [entry.size, entry.sha256] for name, entry in files.items()})
+
+    def _leave_note(self, snapshot: _Snapshot, content: object) -> None:
+        note = snapshot.staging / _note_name(self._rank)
+        temporary = note.with_suffix(".tmp")
+        write_file(self._fs, temporary, json.dumps(content).encode())
+        self._fs.rename(temporary, note)
+
+    def _shares_of_others(self, snapshot: _Snapshot) -> dict[str, FileEntry]:
+        """Rank 0: what the other ranks wrote, once they all have. Raises SaveFailed where one gives up or is silent."""
+        deadline = time.monotonic() + self._rank_timeout_s
+        files: dict[str, FileEntry] = {}
+        for rank in range(1, self._world_size):
+            note = snapshot.staging / _note_name(rank)
+            content = json.loads(self._await(note, deadline, snapshot, rank))
+            if content is None:
+                raise SaveFailed(self._explain(snapshot, f"rank {rank} could not write its part"))
+            files |= {name: FileEntry(*entry) for name, entry in content.items()}
+            self._fs.unlink(note)
+        return files
+
+    def _await(self, note: Path, deadline: float, snapshot: _Snapshot, rank: int) -> bytes:
+        assert self._guard is not None
+        while True:
+            with suppress(FileNotFoundError):
+                return note.read_bytes()
+            if time.monotonic() > deadline or not threading.main_thread().is_alive():
+                raise SaveFailed(self._explain(snapshot, f"rank {rank} did not write its part in time"))
+            self._guard.check()
+            time.sleep(POLL_S)
+
+    # ---- giving up and tidying up ---------------------------------------------------------------------------
+
+    def _give_up(self, snapshot: _Snapshot) -> None:
+        """Remove what was begun, as far as the disk still allows."""
+        with suppress(OSError):
+            if self._rank == 0:
+                remove_tree(self._fs, snapshot.staging)
+                return
+            for name in snapshot.files():
+                remove_tree(self._fs, snapshot.staging / name)  # makes room for the note
+            self._leave_note(snapshot, None)
+
+    def _remove_own_staging(self, before_save: int) -> None:
+        """What ranks wrote for saves that were given up or not needed."""
+        for path, owner, save in self._temporaries():
+            if owner == self._owner and save is not None and save < before_save:
+                with suppress(OSError):  # a late rank may be writing there still: next time, then
+                    remove_tree(self._fs, path)
+
+    def _temporaries(self) -> list[tuple[Path, tuple[int, int], int | None]]:
+        """Our kind of temporary names here: path, (generation, attempt), number of the save."""
+        found = []
+        for name in sorted(os.listdir(self.directory)) if self.directory.is_dir() else ():
+            if match := _TEMPORARY.fullmatch(name):
+                save = int(match[3]) if match[3] else None
+                found.append((self.directory / name, (int(match[1]), int(match[2])), save))
+        return found
+
+    @property
+    def _owner(self) -> tuple[int, int]:
+        assert self._guard is not None
+        return self._guard.generation, self._guard.attempt
+
+    @property
+    def _ours(self) -> str:
+        return "{}.{}".format(*self._owner)
+
+    def _aside(self, step: int) -> Path:
+        return self.directory / f".tmp-old-{step_name(step)}-{self._ours}.{self._saves}"
+
+    def _explain(self, snapshot: _Snapshot, reason: str) -> str:
+        needed = sum(file_size(tensors) for tensors in snapshot.files().values()) + len(snapshot.meta)
+        with suppress(OSError):
+            reason += f"; it needs {needed:,} bytes and {self._fs.free_space(self.directory):,} are free in {self.directory}"
+        good = newest(self.directory, verify=False, warn=lambda text: None)
+        stands = f"{good.path.name} stands." if good else "There is no earlier one."
+        return f"checkpoint {step_name(snapshot.step)} was not saved: {reason}. {stands}"
+
+
+def _flat(files: Files) -> dict[tuple[str, str], torch.Tensor]:
+    return {(stem, name): tensor for stem, tensors in files.items() for name, tensor in tensors.items()}
+
+
+def _note_name(rank: int) -> str:
+    return f"note-{rank:05d}.json"

@@ -1,0 +1,61 @@
+"""The sha256 of files, remembered by what the system says about them, so that an unchanged corpus costs a stat."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+from trainers.data.reading import unreadable
+
+CORPUS_FORMAT = 1  # part of every content hash: raise it when the same bytes come to yield other text
+SETTLED_NS = 2_000_000_000  # a file touched more recently could change again within one tick of its clock
+
+
+def digest(*parts: object) -> str:
+    """sha256 over the JSON of the parts, 64 hex digits."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+class FileHashes:
+    """sha256 of files by (path, size, mtime, inode); kept below `directory` between processes where one is given."""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self._directory = directory
+        self._known: dict[str, str] = {}
+
+    def sha256(self, path: Path) -> str:
+        """64 hex digits over the file's bytes as stored. Raises DataError where it cannot be read."""
+        try:
+            with open(path, "rb") as file:
+                stat = os.fstat(file.fileno())
+                key = digest(str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+                known = self._known.get(key) or self._read(key)
+                if known is None:
+                    known = hashlib.file_digest(file, "sha256").hexdigest()
+                    if time.time_ns() - stat.st_mtime_ns > SETTLED_NS:
+                        self._write(key, known)
+        except OSError as error:
+            raise unreadable(path, error) from None
+        if time.time_ns() - stat.st_mtime_ns > SETTLED_NS:
+            self._known[key] = known
+        return known
+
+    def _read(self, key: str) -> str | None:
+        if self._directory is None:
+            return None
+        try:
+            known = (self._directory / key).read_text()
+        except OSError:
+            return None
+        return known if len(known) == 64 else None
+
+    def _write(self, key: str, known: str) -> None:
+        if self._directory is None:
+            return
+        self._directory.mkdir(parents=True, exist_ok=True)
+        temporary = self._directory / f".{key}-{os.getpid()}"
+        temporary.write_text(known)
+        os.replace(temporary, self._directory / key)

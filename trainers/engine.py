@@ -1,0 +1,263 @@
+"""TorchEngine: forward and backward in the right precision, gradients over all ranks, and the update.
+
+It yields and accepts named tensors only; files, steps and phases are the loop's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from trainers.config import OptimConfig, PrecisionConfig
+from trainers.devices import set_determinism
+from trainers.errors import CheckpointError, ConfigError
+from trainers.gradient_sync import data_parallel
+from trainers.incidents import DeviceIncidents, HostIncidents
+from trainers.optim import build_optimizer, parameter_groups
+from trainers.precision import LossScaler, autocast
+
+NamedTensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one optimizer update did."""
+
+    grad_norm: Tensor
+    """scalar on the device: the gradient's 2-norm over all ranks, before clipping"""
+    skipped: bool | Tensor
+    """the gradient was not finite and nothing changed; a bool where the host decided, else a scalar on the device"""
+
+
+class TorchEngine:
+    """A model, its optimizer and, with several workers, DistributedDataParallel.
+
+    A step is some micro-batches and one update:
+
+        with engine.micro_batch(last=...) as model:
+            loss = objective.loss(model, batch, state)
+            engine.backward(engine.normalise(loss.total, step_targets))
+        update = engine.update(lr)
+
+    An update whose loss or gradient is not finite on any rank leaves weights and moments untouched on all of them:
+    a bad loss makes its gradients NaN, the all-reduce carries those to every rank, so every rank finds the same norm.
+    On the CPU (and MPS) the host decides. On CUDA the fused optimizer decides on the device and the host never waits
+    for it; only rmsprop, which has no fused kernel, waits at every update.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optim: OptimConfig,
+        precision: PrecisionConfig,
+        device: torch.device,
+        world_size: int,
+        compile: bool,
+        deterministic: bool,
+    ) -> None:
+        set_determinism(deterministic)
+        self.module = model
+        """the bare model: its state, evaluation, generation"""
+        self.device = device
+        self.world_size = world_size
+        self.precision = precision
+        self.scaler = LossScaler(device) if precision.compute == "fp16" else None
+        self._ddp = data_parallel(model, device) if world_size > 1 else None
+        self._forward: nn.Module = self._ddp or model
+        if compile:
+            self._forward = cast(nn.Module, torch.compile(self._forward))
+        self.decides_on_device = device.type == "cuda"
+        self.incidents: HostIncidents | DeviceIncidents = (
+            DeviceIncidents(device) if self.decides_on_device else HostIncidents()
+        )
+        self._use(optim)
+
+    def _use(self, optim: OptimConfig) -> None:
+        groups = parameter_groups(self.module, optim)
+        self._optim = optim
+        # in the order of model.parameters(), as a plain loop would clip them: the order is part of the norm's bits
+        self._parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self._names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        self.optimizer = build_optimizer(groups, optim, self.device)
+
+    # ---- a step ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[nn.Module]:
+        """The module to call for one forward; ranks exchange gradients only in the backward of the `last`."""
+        quiet = nullcontext() if self._ddp is None or last else self._ddp.no_sync()
+        with quiet, autocast(self.precision, self.device):
+            yield self._forward
+
+    def normalise(self, total: Tensor, step_targets: int) -> Tensor:
+        """This rank's part of the step's mean loss per target, from the micro-batch's summed loss.
+
+        `step_targets` counts the scored targets of the whole step: all micro-batches of all ranks. DDP takes the mean
+        over ranks, so the parts are world_size times too large, and its result is the gradient of (sum over all
+        targets) / step_targets however they were spread. With one rank this is total / step_targets, whose gradient
+        has the bits of F.cross_entropy(..., reduction="mean").
+        """
+        assert step_targets > 0, "a step without a single scored target"
+        return total / (step_targets / self.world_size)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`; to be called inside micro_batch. A non-finite loss makes them NaN."""
+        if self.scaler is not None:
+            loss = self.scaler.scaled(loss)
+        # 1 for a finite loss, NaN otherwise: an infinite loss can have finite gradients, and other ranks see only those
+        seed = loss.detach() * 0.0 + 1.0
+        if self.precision.compute == "fp32":
+            torch.autograd.backward(loss, seed)
+        else:
+            with torch.autocast(self.device.type, enabled=False):  # backward repeats the types of the forward by itself
+                torch.autograd.backward(loss, seed)
+
+    def update(self, lr: float) -> Update:
+        """Clip and apply the accumulated gradients at rate `lr`, then clear them."""
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        if self.scaler is not None:
+            self.scaler.unscale(gradients)
+        norm = self._clip(gradients)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        skipped = self._step_on_device(norm) if self.decides_on_device else self._step_on_host(norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        return Update(norm, skipped)
+
+    def _clip(self, gradients: list[Tensor]) -> Tensor:
+        limit = self._optim.clip_norm
+        if limit is None:
+            return torch.nn.utils.get_total_norm(gradients)
+        return torch.nn.utils.clip_grad_norm_(self._parameters, limit)
+
+    def _step_on_host(self, norm: Tensor) -> bool:
+        overflowed = ~torch.isfinite(norm)
+        skipped = bool(overflowed)
+        if not skipped:
+            self.optimizer.step()
+        if self.scaler is None:
+            self.incidents.record(skipped)
+        else:  # an overflow is how the scale finds its place, not an incident
+            self.scaler.update(overflowed)
+        return skipped
+
+    def _step_on_device(self, norm: Tensor) -> Tensor:
+        skipped = ~torch.isfinite(norm)
+        if self._optim.name == "rmsprop":
+            if not bool(skipped):
+                self.optimizer.step()
+        else:  # the fused kernels leave everything as it is where found_inf is 1, as under torch.amp.GradScaler
+            self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        if self.scaler is None:
+            self.incidents.record(skipped)
+        else:
+            self.scaler.update(skipped)
+        return skipped
+
+    # ---- incidents ------------------------------------------------------------------------------
+
+    def should_check(self, update: Update, *, logging: bool = False) -> bool:
+        """Whether to ask for incidents now: at once where the host decided, else on steps that log and wait anyway."""
+        return logging if isinstance(update.skipped, Tensor) else update.skipped or logging
+
+    def consecutive_nonfinite(self) -> int:
+        """The longest row of skipped updates alive since this was last asked; may wait for the device.
+
+        Raises TrainingFailed where fp16 loss scaling is at its end; under fp16 other overflows are no incidents.
+        """
+        self._check_scale()
+        return self.incidents.take_longest()
+
+    def read_incidents(self) -> int:
+        """Updates skipped since the run began; may wait for the device. Raises as consecutive_nonfinite."""
+        self._check_scale()
+        return self.incidents.read()["total"]
+
+    def _check_scale(self) -> None:
+        if self.scaler is not None:
+            self.scaler.check()
+
+    # ---- state ----------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, NamedTensors]:
+        """`model`: parameters (tied ones once) and persistent buffers; `optimizer`: `exp_avg/<parameter>` and so on.
+
+        Live storage, no copies; the same on every rank.
+        """
+        return {"model": self._model_tensors(), "optimizer": self._optimizer_tensors()}
+
+    def _model_tensors(self) -> NamedTensors:
+        state = self.module.state_dict()
+        names = [name for name, _ in self.module.named_parameters()]
+        names += [name for name, _ in self.module.named_buffers() if name in state]
+        return {name: state[name] for name in names}
+
+    def _optimizer_tensors(self) -> NamedTensors:
+        return {
+            f"{kind}/{self._names[id(parameter)]}": tensor
+            for parameter, state in self.optimizer.state.items()
+            for kind, tensor in state.items()
+        }
+
+    def state(self) -> dict[str, Any]:
+        """JSON: what continues besides the tensors; waits for the device."""
+        return {"incidents": self.incidents.read(), "scaler": self.scaler.state() if self.scaler else None}
+
+    def load(self, files: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any], *, optimizer: bool) -> None:
+        """Take over `files` and `state` as `tensors()` and `state()` gave them; only the weights unless `optimizer`.
+
+        Call begin_phase with the phase's settings first. Raises CheckpointError, naming the tensors, where names,
+        shapes or types differ; then nothing was changed.
+        """
+        copies = _pairs("model", files["model"], self._model_tensors())
+        if optimizer:
+            copies += _pairs("optimizer", files["optimizer"], self._optimizer_tensors())
+            self.incidents.load(state["incidents"])
+            if self.scaler is not None and state["scaler"] is not None:
+                self.scaler.load(state["scaler"])
+        with torch.no_grad():
+            for target, source in copies:
+                target.copy_(source)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def begin_phase(self, optim: OptimConfig, *, keep_optimizer: bool) -> None:
+        """New optimizer settings; moments start from zero unless kept. ConfigError where they cannot be kept."""
+        before, kept = self._optim, self._optimizer_tensors()
+        if keep_optimizer and (before.name, bool(before.momentum)) != (optim.name, bool(optim.momentum)):
+            raise ConfigError(
+                f"hand_over=optimizer needs the same optimizer in both phases, but the phase before used "
+                f"optim.name={before.name} (momentum {before.momentum:g}) and this one {optim.name} "
+                f"(momentum {optim.momentum:g}). Set hand_over=weights or make them equal."
+            )
+        self._use(optim)
+        if keep_optimizer:
+            for target, source in _pairs("optimizer", kept, self._optimizer_tensors()):
+                target.copy_(source)
+
+
+def _pairs(what: str, given: Mapping[str, Tensor], own: NamedTensors) -> list[tuple[Tensor, Tensor]]:
+    """(own tensor, given tensor) by name; CheckpointError where the two sets do not match."""
+    missing, unknown = own.keys() - given.keys(), given.keys() - own.keys()
+    problems = [f"{name} is missing" for name in sorted(missing)] + [f"{name} is unknown" for name in sorted(unknown)]
+    for name in sorted(own.keys() & given.keys()):
+        here, there = own[name], given[name]
+        if (here.shape, here.dtype) != (there.shape, there.dtype):
+            problems.append(f"{name} is {_kind(there)}, needed {_kind(here)}")
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(
+            f"the checkpoint's {what} tensors do not fit this configuration: {'; '.join(problems[:5])}{more}. "
+            f"Use the configuration that the checkpoint was written with."
+        )
+    return [(own[name], given[name]) for name in own]
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

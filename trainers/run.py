@@ -1,0 +1,333 @@
+"""Run: everything one rank holds while it trains, and how that goes into a checkpoint and comes back."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from trainers.checkpoint import Checkpoint, CheckpointStore
+from trainers.collective import collective
+from trainers.config import ModelConfig, RunConfig
+from trainers.context import RunContext
+from trainers.data.prepare import prepare
+from trainers.data.types import Batch
+from trainers.devices import check_precision, resolve_device
+from trainers.engine import TorchEngine, Update
+from trainers.environment import environment, explain_difference
+from trainers.errors import CheckpointError, TrainingFailed
+from trainers.evaluate import evaluate
+from trainers.models import apply_switches
+from trainers.objectives import build_objective
+from trainers.phase import ActivePhase, open_phase
+from trainers.progress import Outcome, Progress
+from trainers.record import MetricsRecord
+from trainers.samples import write_samples
+from trainers.seeds import restore_rng, rng_tensors, seed_everything, stream_seed
+
+State = dict[str, torch.Tensor]
+
+
+class Run:
+    """Built in one fixed order: device, seeds, data, model, engine, files."""
+
+    def __init__(self, config: RunConfig, ctx: RunContext, build: Callable[[ModelConfig, int], nn.Module]):
+        self.config = config
+        self.ctx = ctx
+        self.rank = ctx.rank
+        self.phases = config.resolved_phases()
+        self.progress = Progress()
+
+        self.device = resolve_device(config.device, ctx.local_rank)
+        check_precision(config.precision, self.device)
+        seed_everything(config.seed, ctx.rank)
+        self.peers = collective(ctx.world_size)
+
+        self.data = prepare(config, ctx.cache_dir)
+        torch.manual_seed(stream_seed(config.seed, "model"))
+        vocab_size = config.model.vocab_size or self.data.tokenizer.vocab_size
+        self.model = build(config.model, vocab_size)
+        self.objective = build_objective(config)
+        self.engine = TorchEngine(
+            self.model.to(self.device),
+            optim=self.phases[0].optim,
+            precision=config.precision,
+            device=self.device,
+            world_size=ctx.world_size,
+            compile=config.compile,
+            deterministic=config.deterministic,
+        )
+        self.streams: list[State | None] = []
+        """runtime state of each micro-batch's rows; None for models without any"""
+
+        self.store = CheckpointStore(
+            ctx.run_dir / "checkpoints",
+            ctx.guard,
+            rank=ctx.rank,
+            world_size=ctx.world_size,
+            keep_last_n=config.checkpoint.keep_last_n,
+            save_best=config.checkpoint.save_best,
+            on_disk_full=config.checkpoint.on_disk_full,
+            warn=ctx.note,
+            before_commit=self._sync_record,
+        )
+        self.record: MetricsRecord | None = None
+        self._environment = environment(self.device, ctx.world_size, config.compile)
+        self._resumed_in_phase: Checkpoint | None = None
+        self._last_save = time.monotonic()
+        self._last_log = (time.perf_counter(), 0)
+
+    # ---- resume ---------------------------------------------------------------------------------
+
+    def restore(self) -> None:
+        """Go back to the newest sound checkpoint, or start from `init_from`, or from scratch."""
+        if self.rank == 0:
+            self.store.prune_staging()
+        newest = self.store.latest() if self.rank == 0 else None
+        step = self.peers.from_first(newest.step if newest else None)
+        checkpoint = newest if self.rank == 0 else (self.store.at(step) if step is not None else None)
+        if checkpoint is not None:
+            self._restore_from(checkpoint)
+        elif self.config.init_from is not None:
+            self._start_from(Path(self.config.init_from))
+        if self.rank == 0:
+            self.data.tokenizer.save(self.ctx.run_dir / "tokenizer")
+            self.record = MetricsRecord(
+                self.ctx.run_dir / "metrics.jsonl",
+                self.ctx.guard,
+                resume_step=self.progress.step,
+                warn=self.ctx.note,
+            )
+        self.store.reserve(self._files())
+
+    def _restore_from(self, checkpoint: Checkpoint) -> None:
+        meta = checkpoint.meta
+        self.progress = Progress.from_json(meta["progress"])
+        for sentence in explain_difference(meta["environment"], self._environment):
+            self.ctx.note(sentence)
+        self.engine.begin_phase(self.phases[self.progress.phase].optim, keep_optimizer=False)
+        files = {stem: checkpoint.load(stem) for stem in ("model", "optimizer")}
+        self.engine.load(files, meta["engine"], optimizer=True)
+        own = f"rank-{self.rank:05d}"
+        if own not in checkpoint.stems:
+            raise CheckpointError(
+                f"{checkpoint.path} was written by fewer workers than the {self.ctx.world_size} now at work: "
+                f"start it with the same --workers, or begin another run with --init-from."
+            )
+        tensors = checkpoint.load(own)
+        restore_rng(tensors)
+        self.streams = _streams_from(tensors, self.config.accumulation, self.device)
+        self._resumed_in_phase = checkpoint
+
+    def _start_from(self, run_dir: Path) -> None:
+        """Weights of a finished run; everything else is new."""
+        source = CheckpointStore(run_dir / "checkpoints", None).best_or_latest()
+        if source is None:
+            raise CheckpointError(f"--init-from {run_dir}: no sound checkpoint there. `orchestrate runs` lists runs.")
+        self.engine.load({"model": source.load("model")}, {}, optimizer=False)
+
+    # ---- phases ---------------------------------------------------------------------------------
+
+    def open_phase(self) -> ActivePhase:
+        """The present phase, at the step where the run stands."""
+        spec = self.phases[self.progress.phase]
+        phase = open_phase(self.config, spec, self.data.phases[spec.index], self.rank, self.ctx.world_size)
+        apply_switches(self.model, spec.model)
+        resumed, self._resumed_in_phase = self._resumed_in_phase, None
+        if resumed is not None:
+            loader_state = resumed.meta["loader"]
+            phase.loader.restore(loader_state)
+        else:
+            if spec.index > 0:
+                self.engine.begin_phase(spec.optim, keep_optimizer=spec.hand_over == "optimizer")
+            self.streams = [self._fresh_state() for _ in range(self.config.accumulation)]
+        self.model.train()
+        self._last_log = (time.perf_counter(), self.progress.tokens)
+        return phase
+
+    def close_phase(self, phase: ActivePhase) -> None:
+        """Go on to the next phase; the last one leaves the run where it is."""
+        if phase.spec.index + 1 < len(self.phases):
+            self.progress.next_phase()
+        else:
+            self.progress.phase = len(self.phases)
+
+    def _fresh_state(self) -> State | None:
+        state = self.model.initial_state(self.config.micro_sequences)
+        return None if state is None else {name: tensor.to(self.device) for name, tensor in state.items()}
+
+    # ---- between steps --------------------------------------------------------------------------
+
+    def agree(self, targets: int) -> tuple[int, str | None, bool]:
+        """The step's targets over all ranks, and whether all stop or save now: one small CPU collective."""
+        reason = self.ctx.should_stop()
+        minutes = self.config.checkpoint.every_minutes
+        due = self.rank == 0 and minutes is not None and time.monotonic() - self._last_save > minutes * 60
+        total, stops, saves = self.peers.sum((targets, reason is not None, due))
+        if stops:
+            reason = self.peers.from_first(reason) or reason or "stopped by another worker"
+        return int(total), reason, bool(saves)
+
+    def watch(self, update: Update) -> None:
+        """Apply the non-finite policy to what the update met; raises TrainingFailed under `raise` and `stop`."""
+        if not self.engine.should_check(update):
+            return
+        policy = self.phases[self.progress.phase].optim
+        run_of_them = self.engine.consecutive_nonfinite()
+        if run_of_them == 0:
+            return
+        what = f"the loss or a gradient was not finite at step {self.progress.step}"
+        self.ctx.note(f"{what} (policy {policy.on_nonfinite}); the update was left out")
+        if policy.on_nonfinite == "raise":
+            raise TrainingFailed(f"{what}. Lower optim.lr or set optim.on_nonfinite=skip.")
+        if policy.on_nonfinite == "stop" or run_of_them >= policy.nonfinite_limit:
+            raise TrainingFailed(f"{what}, {run_of_them} in a row. The last good checkpoint stands; lower optim.lr.")
+
+    def log_step(self, phase: ActivePhase, loss: torch.Tensor, targets: int, update: Update) -> None:
+        """Write this step's training metrics (waits for the device: only on logging steps)."""
+        (total,) = self.peers.sum((loss.item(),))
+        if self.record is None:
+            return
+        now, tokens = time.perf_counter(), self.progress.tokens
+        then, before = self._last_log
+        self._last_log = (now, tokens)
+        metrics = {
+            "train/loss": total / targets,
+            "train/lr": phase.lr(self.progress.phase_step - 1),
+            "train/grad_norm": float(update.grad_norm),
+            "perf/tokens_per_s": (tokens - before) / max(now - then, 1e-9),
+            "mem/peak_gib": peak_memory_gib(self.device),
+        }
+        incidents = self.engine.read_incidents()
+        if incidents:
+            metrics["incidents/nonfinite"] = incidents
+        self._write(phase, metrics)
+
+    def evaluate(self, phase: ActivePhase) -> bool:
+        """Score the validation text, judge early stopping, write samples; True when it is the best of the phase."""
+        started = time.perf_counter()
+        metrics = evaluate(
+            self.engine.module,
+            phase.data.validation,
+            sequence_length=self.config.sequence_length,
+            rows=max(self.config.micro_sequences, 16),
+            device=self.device,
+            precision=self.config.precision,
+            max_tokens=self.config.evaluation.max_tokens,
+            rank=self.rank,
+            world_size=self.ctx.world_size,
+            objective=self.objective,
+        )
+        improved = self.progress.judge(metrics, self.config.early_stopping)
+        metrics["perf/evaluation_s"] = time.perf_counter() - started
+        self._write(phase, metrics)
+        self.ctx.report(metrics)
+        if self.rank == 0 and self.config.samples.count:
+            write_samples(self.config, self.model, self.data.tokenizer, phase.data.validation, self.ctx.run_dir, self.progress.step)
+        now, tokens = self._last_log
+        self._last_log = (now + time.perf_counter() - started, tokens)
+        return improved and self.config.checkpoint.save_best
+
+    def _write(self, phase: ActivePhase, metrics: dict[str, float]) -> None:
+        self.progress.last.update(metrics)
+        if self.record is not None:
+            diverged = self.record.append(self.progress.step, self.progress.tokens, phase.name, metrics)
+            if diverged:
+                self.ctx.note(f"step {self.progress.step}: {diverged} replayed values differ from the record")
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def save(self, phase: ActivePhase, *, best: bool = False, wait: bool = False) -> None:
+        """Snapshot now; commit in the background unless `wait`."""
+        self._last_save = time.monotonic()
+        meta = {
+            "progress": self.progress.to_json(),
+            "engine": self.engine.state(),
+            "loader": phase.loader.state(),
+            "environment": self._environment,
+            "model": self.config.model.model_dump(),
+            "vocab_size": self.config.model.vocab_size or self.data.tokenizer.vocab_size,
+            "tokenizer": self.data.tokenizer.fingerprint,
+        }
+        self.store.save(self.progress.step, self._files(), meta, best=best, wait=wait)
+
+    def _files(self) -> dict[str, State]:
+        """What this rank puts into a checkpoint: live tensors by file and name."""
+        own = {f"rank-{self.rank:05d}": {**rng_tensors(), **_streams_to(self.streams)}}
+        return {**self.engine.tensors(), **own} if self.rank == 0 else own
+
+    def _sync_record(self) -> None:
+        """Rows up to a checkpoint cannot be replayed after it: durable first."""
+        if self.record is not None:
+            self.record.sync()
+
+    # ---- endings --------------------------------------------------------------------------------
+
+    def stop(self, phase: ActivePhase, reason: str) -> Outcome:
+        """Save where the run stands and say that it can go on."""
+        if self.progress.step:
+            self.save(phase, wait=True)
+        return self._end("stopped", reason)
+
+    def finish(self) -> Outcome:
+        self.store.wait()
+        stopped_early = self.progress.phase_over
+        return self._end("finished", "early_stopping" if stopped_early else "completed")
+
+    def _end(self, state: str, reason: str) -> Outcome:
+        outcome = Outcome(state, reason, self.progress.step, self.progress.tokens, dict(self.progress.last))
+        if self.rank == 0:
+            write_outcome(self.ctx, outcome)
+        return outcome
+
+    def close(self) -> None:
+        """Let a save in flight become durable, whatever ended the loop."""
+        self.store.close()
+        if self.record is not None:
+            self.record.close()
+
+    def to_device(self, batch: Batch) -> Batch:
+        if self.device.type == "cpu":
+            return batch
+        return Batch(
+            batch.tokens.to(self.device, non_blocking=True),
+            batch.targets.to(self.device, non_blocking=True),
+            batch.n_targets,
+        )
+
+
+def write_outcome(ctx: RunContext, outcome: Outcome) -> None:
+    """outcome.json, atomically and only while the claim is ours."""
+    path = ctx.run_dir / "outcome.json"
+    temporary = path.with_suffix(".tmp")
+    with ctx.guard.held():
+        temporary.write_text(json.dumps(outcome.to_json()) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory: allocated on the accelerator, resident in the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _streams_to(streams: list[State | None]) -> State:
+    return {f"stream/{index}/{name}": tensor for index, state in enumerate(streams) for name, tensor in (state or {}).items()}
+
+
+def _streams_from(tensors: State, accumulation: int, device: torch.device) -> list[State | None]:
+    streams: list[State | None] = [None] * accumulation
+    for key, tensor in tensors.items():
+        if key.startswith("stream/"):
+            _, index, name = key.split("/", 2)
+            state = streams[int(index)] or {}
+            streams[int(index)] = {**state, name: tensor.to(device)}
+    return streams
