@@ -164,7 +164,9 @@ def _checked(name: str, number: int | float) -> int | float:
     }
     if not rules[name]:
         bounds = {"max_tokens": "at least 1", "top_k": "at least 1", "top_p": "above 0 and at most 1"}
-        raise UserError(f"{name} must be {bounds.get(name, 'above 0' if name != 'seed' else '0 or more')}, not {number}.")
+        raise UserError(
+            f"{name} must be {bounds.get(name, 'above 0' if name != 'seed' else '0 or more')}, not {number}."
+        )
     return number
 
 
@@ -181,4 +183,6 @@ def _unescaped(value: str) -> tuple[str, ...]:
 
 def safe(text: str) -> str:
     """Text for a terminal: line breaks and tabs stay, every other control character becomes visible."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}" for letter in text
+    )

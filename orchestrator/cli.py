@@ -117,8 +117,12 @@ def _invoke(typed: list[str]) -> int:
     except typer.Exit as left:
         return left.exit_code
     except typer.TyperException as error:
-        raise UserError(f"{error.format_message().rstrip('.')}.{_usage(typed)}") from None
+        raise UserError(f"{_sentence(error.format_message())}{_usage(typed)}") from None
     return code if isinstance(code, int) else DONE
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
 def _usage(typed: list[str]) -> str:

@@ -109,13 +109,13 @@ class Display:
 
     def packing(self, done: int, total: int, what: str) -> None:
         """Progress of preparing the data, in bytes of text (a total of 0: not known)."""
-        text = f"reading {what}"
-        if text != self._activity:
-            self._activity, self._activity_since = text, self._clock()
+        if self._activity is None:
+            self._activity_since = self._clock()
+        self._activity = what
         self._fraction = (done, total) if total else None
         if self._live is None:
             of = f" of {size(total)} ({done / total:.0%})" if total else ""
-            self._pending_line = f"{plain(text)}: {size(done)}{of}"
+            self._pending_line = f"{plain(what)}: {size(done)}{of}"
             self._flush_line(PACKING_LINE_S if not total or done < total else 0.0)
         self._dirty = True
         self.tick()
@@ -152,17 +152,18 @@ class Display:
         """A line that stays, one for each evaluation."""
         best = self._best.get(self._phase)
         loss = values["val/loss"]
-        mark = "  best so far" if best is None or loss < best else ""
-        self._best[self._phase] = loss if best is None else min(best, loss)
+        improved = best is None or loss < best
+        if improved:
+            self._best[self._phase] = loss
         self._pending_line = ""
         of = f"/{count(self.total_steps)}" if self.total_steps else ""
         train = self._values.get("train/loss")
-        parts = [f"step {count(self._step)}{of}", f"val loss {loss:.4f}"]
-        parts += [f"train loss {train:.4f}"] if train is not None else []
-        parts += [f"perplexity {values['val/perplexity']:.4g}"] if "val/perplexity" in values else []
-        parts += [f"bits/byte {values['val/bits_per_byte']:.3f}"] if "val/bits_per_byte" in values else []
+        parts = [f"step {count(self._step)}{of}", f"val loss {loss:.4f}" + (" best" if improved else "")]
+        parts += [f"train {train:.4f}"] if train is not None else []
+        parts += [f"ppl {values['val/perplexity']:.4g}"] if "val/perplexity" in values else []
+        parts += [f"{values['val/bits_per_byte']:.3f} bits/byte"] if "val/bits_per_byte" in values else []
         self._last_line = self._clock()
-        self._line(Text("  ".join(parts) + mark, style="bold" if mark else ""))
+        self._line(Text("  ".join(parts), style="bold" if improved else ""))
 
     def _plain_line(self) -> str:
         of = f"/{count(self.total_steps)}" if self.total_steps else ""
@@ -203,10 +204,12 @@ class Display:
         width = self._console.width
         if self._activity is not None:
             waited = duration(self._clock() - self._activity_since)
-            return Group(self._bar(plain(self._activity), self._fraction or (0.0, 0.0), waited, width))
+            done, total = self._fraction or (0.0, 0.0)
+            right = f"{done / total:.0%}  {waited}" if total else waited
+            return Group(self._bar(plain(self._activity), (done, total), right, width))
         total = self.total_steps or 0
         of = f"/{count(total)}" if total else ""
-        name = self._phase if self._phase else "training"
+        name = self._phase if self._phase not in ("", "main") else "training"
         right = f"{count(self._step)}{of}" + (f"  {self._step / total:.0%}" if total else "")
         return Group(
             self._bar(name, (self._step, total), right, width),

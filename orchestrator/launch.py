@@ -49,7 +49,7 @@ def train(config: RunConfig, request: Request) -> int:
     Raises UserError (exit code 2) before anything is made, TrainingFailed (exit code 3) when training cannot go on.
     """
     check_device(config)
-    experiment = settle(config, request, data_hashes(config))
+    experiment = settle(config, request, data_hashes(config, cache_dir(request.runs_dir)))
     outcome = experiment.outcome
     if outcome and outcome["state"] == "finished" and not experiment.extended:
         return already_finished(experiment, request)

@@ -9,6 +9,7 @@ from rich.table import Table
 from trainers.config import ModelConfig, RunConfig, TokenizerConfig
 from trainers.presets import PRESETS, description
 
+
 def preset_rows() -> list[dict[str, Any]]:
     """One dict a preset: name, description, and the sizes a person chooses by."""
     return [_row(name, make()) for name, make in PRESETS.items()]

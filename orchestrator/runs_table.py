@@ -63,7 +63,10 @@ def status_table(status: Status, console: Console) -> None:
         ("on disk", size(run.size_bytes)),
         ("latest", status.latest or "no checkpoint yet"),
         ("best", status.best or ""),
-        ("MLflow run", f"{status.mlflow_run_id} in {status.tracking_uri or '(unknown store)'}" if status.mlflow_run_id else ""),
+        (
+            "MLflow run",
+            f"{status.mlflow_run_id} in {status.tracking_uri or '(unknown store)'}" if status.mlflow_run_id else "",
+        ),
         ("fingerprint", status.fingerprint or ""),
     ]
     rows += [("damaged", f"{line.path}: {line.problem}") for line in status.checkpoints if line.problem]

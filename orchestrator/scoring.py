@@ -30,7 +30,14 @@ SCORES = (
 
 
 def score_run(
-    *, run: str, data: str | None, text_field: str | None, checkpoint: str | None, device: str, runs_dir: Path, json: bool
+    *,
+    run: str,
+    data: str | None,
+    text_field: str | None,
+    checkpoint: str | None,
+    device: str,
+    runs_dir: Path,
+    json: bool,
 ) -> int:
     """Print the scores; the exit code. Raises UserError for a run, checkpoint or text that cannot be used."""
     existing_run(runs_dir, run)  # a misspelt name is told before torch is imported
@@ -52,8 +59,10 @@ def score_run(
         )
         return 0
     console = out()
-    console.print(Text(f"{run} at step {count(trained.step)} on {label} ({count(scores['val/tokens'])} tokens scored)"),
-                  soft_wrap=True)  # fmt: skip
+    console.print(
+        Text(f"{run} at step {count(trained.step)} on {label} ({count(scores['val/tokens'])} tokens scored)"),
+        soft_wrap=True,
+    )
     for name, meaning in SCORES:
         console.print(Text(f"  {meaning:<22} {scores[name]:.5g}"))
     return 0
@@ -89,7 +98,11 @@ def _text(
     from trainers.data.corpora import open_corpus
     from trainers.data.packed import build_packed
 
-    source = SourceConfig(corpus=absolute(data)) if text_field is None else SourceConfig(corpus=absolute(data), text_field=text_field)
+    source = (
+        SourceConfig(corpus=absolute(data))
+        if text_field is None
+        else SourceConfig(corpus=absolute(data), text_field=text_field)
+    )
     corpus = open_corpus(source)
     packed = build_packed(
         folder / "packed",

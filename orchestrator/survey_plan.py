@@ -5,20 +5,12 @@ Starts no Ray, trains no tokenizer and writes nothing. Refuses what training wou
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
-
-from orchestrator.console import count, pairs, size
 from orchestrator.plan import RunPlan
-from trainers.config import Phase, RunConfig
-from trainers.errors import UserError
+from trainers.config import RunConfig
 
 if TYPE_CHECKING:
     from trainers.data.prepare import DataSurvey

@@ -129,7 +129,9 @@ def load_file(path: Path) -> Target:
         raise ConfigError(f"{error}{hint}") from None
     if guide.is_guide(data):
         translated, notes = guide.translate(data)
-        said = (f"{path} is written in the words of the fundamentallm guide; `orchestrate show {path}` prints it in ours.",)
+        said = (
+            f"{path} is written in the words of the fundamentallm guide; `orchestrate show {path}` prints it in ours.",
+        )
         return Target(build_config(translated), "file", str(path), (), (*said, *notes))
     return Target(build_config(data), "file", str(path), ())
 
@@ -272,7 +274,9 @@ def _amount(change: str, clock: str, more: str) -> int | float:
         amount = 0
     if not 0 < amount < 1e18:
         whole = "a number" if clock == "epochs" else "a whole number"
-        raise UserError(f"{change}: after the '+' comes {whole} above 0, such as +{'0.5' if clock == 'epochs' else 500}.")
+        raise UserError(
+            f"{change}: after the '+' comes {whole} above 0, such as +{'0.5' if clock == 'epochs' else 500}."
+        )
     return amount
 
 

@@ -83,4 +83,6 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     try:
         model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
-        raise CheckpointError(f"{checkpoint.path} does not fit its own model: {str(error).splitlines()[-1].strip()}") from error
+        raise CheckpointError(
+            f"{checkpoint.path} does not fit its own model: {str(error).splitlines()[-1].strip()}"
+        ) from error

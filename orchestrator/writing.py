@@ -59,7 +59,9 @@ def write_texts(wish: Wish) -> int:
     else:
         texts = _all_texts(trained, prompts, settings)
         shown = _for_output()
-        sys.stdout.write("\n---\n".join(shown(prompt + text) for prompt, text in zip(prompts, texts, strict=True)) + "\n")
+        sys.stdout.write(
+            "\n---\n".join(shown(prompt + text) for prompt, text in zip(prompts, texts, strict=True)) + "\n"
+        )
     return 0
 
 
@@ -90,7 +92,9 @@ def _prompts_in(name: str) -> list[str]:
         raise UserError(f"--prompts-file {name} is not UTF-8 text (byte {error.start}).") from error
     prompts = [line for line in text.splitlines() if line.strip()]
     if not 0 < len(prompts) <= MAX_PROMPTS:
-        raise UserError(f"--prompts-file {name} has {len(prompts):,} prompts (lines with text); 1 to {MAX_PROMPTS:,} go.")
+        raise UserError(
+            f"--prompts-file {name} has {len(prompts):,} prompts (lines with text); 1 to {MAX_PROMPTS:,} go."
+        )
     return prompts
 
 

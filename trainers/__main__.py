@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", help="a YAML file as `orchestrate show` prints it, or the name of a preset")
     parser.add_argument("overrides", nargs="*", metavar="path=value", help="settings by path")
     parser.add_argument("--run-dir", type=Path, default=None, help="the run's folder (default: runs/bare-NAME)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
 
     from trainers.errors import Superseded, TrainingFailed, UserError
 

@@ -165,7 +165,9 @@ class CheckpointStore:
         # Nothing is copied for a step that has just been committed: only the pointer may have to move.
         tensors = {} if step == self._committed else self._buffer.copy(_flat(files))
         text = render_meta(meta) if self._rank == 0 else b""
-        snapshot = _Snapshot(step, tensors, text, best and self._save_best, staging, called, time.perf_counter() - called)
+        snapshot = _Snapshot(
+            step, tensors, text, best and self._save_best, staging, called, time.perf_counter() - called
+        )
         self._thread = threading.Thread(target=self._run, args=(snapshot,), name=f"save {step_name(step)}")
         self._thread.start()
         if wait:
@@ -428,7 +430,9 @@ class CheckpointStore:
     def _explain(self, snapshot: _Snapshot, reason: str) -> str:
         needed = sum(file_size(tensors) for tensors in snapshot.files().values()) + len(snapshot.meta)
         with suppress(OSError):
-            reason += f"; it needs {needed:,} bytes and {self._fs.free_space(self.directory):,} are free in {self.directory}"
+            reason += (
+                f"; it needs {needed:,} bytes and {self._fs.free_space(self.directory):,} are free in {self.directory}"
+            )
         good = newest(self.directory, verify=False, warn=lambda text: None)
         stands = f"{good.path.name} stands." if good else "There is no earlier one."
         return f"checkpoint {step_name(snapshot.step)} was not saved: {reason}. {stands}"

@@ -94,7 +94,9 @@ class Claim:
         write_lock = _Lock(run_dir / WRITE_LOCK)
         try:
             if not write_lock.take_before(deadline):
-                raise UserError(f"{run_dir}: an old worker has held {WRITE_LOCK} for {wait_s:g} s; end it and try again.")
+                raise UserError(
+                    f"{run_dir}: an old worker has held {WRITE_LOCK} for {wait_s:g} s; end it and try again."
+                )
             try:
                 me = Process.current()
                 record = Holder(_greatest_generation(run_dir) + 1, 0, me.pid, me.host, me.started)
@@ -129,7 +131,9 @@ class Claim:
     def __enter__(self) -> Claim:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.release()
 
 
@@ -291,7 +295,9 @@ def _lock_claim(run_dir: Path, deadline: float, wait_s: float, say: Callable[[st
         else:
             seen_alive = None
             if not said and now - started >= QUIET_S:
-                say(f"{run_dir.name} is still locked by {found or 'a process that is ending'}; waiting up to {wait_s:g} s for it.")
+                say(
+                    f"{run_dir.name} is still locked by {found or 'a process that is ending'}; waiting up to {wait_s:g} s for it."
+                )
                 said = True
             if now >= deadline:
                 raise UserError(

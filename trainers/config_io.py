@@ -74,7 +74,8 @@ def build_config(data: Mapping[str, Any]) -> RunConfig:
     causes = [  # a list is also called too short when its entries are broken
         problem
         for problem in problems
-        if problem["type"] != "too_short" or not any(loc[:-2] == problem["loc"] for loc in broken)
+        if problem["type"] != "too_short"
+        or not any(len(loc) > len(problem["loc"]) and loc[: len(problem["loc"])] == problem["loc"] for loc in broken)
     ]
     raise ConfigError("\n".join(dict.fromkeys(_problem(problem, data) for problem in causes)))
 

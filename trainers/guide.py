@@ -233,8 +233,7 @@ def _by_our_words(name: str, section: Any, words: Mapping[str, str], problems: l
     for key, value in section.items():
         word = words.get(key)
         if word is None:
-            hint = _nearest(str(key), words, f"{name}.") or _other(name, key)
-            problems.append(f"{name}.{key}: unknown key.{hint}")
+            problems.append(f"{name}.{key}: unknown key. {_meant(name, str(key))}")
         elif value is not None:
             before, standing = found.setdefault(word, (key, value))
             if standing != value:
@@ -244,12 +243,14 @@ def _by_our_words(name: str, section: Any, words: Mapping[str, str], problems: l
     return {word: value for word, (_, value) in found.items()}
 
 
-def _other(name: str, key: Any) -> str:
-    """A hint where a key stands in the wrong section, or which keys there are."""
+def _meant(name: str, key: str) -> str:
+    """A hint on an unknown key: the other section's, a near one, or which there are."""
     words = {"model": MODEL_KEYS, "training": TRAINING_KEYS}
-    known = ", ".join(words.pop(name))
+    known = words.pop(name)
     ((other, elsewhere),) = words.items()
-    return f" Did you mean `{other}.{key}`?" if key in elsewhere else f" Known: {known}."
+    if key in elsewhere:
+        return f"Did you mean `{other}.{key}`?"
+    return _nearest(key, known, f"{name}.").strip() or f"Known: {', '.join(known)}."
 
 
 def _nearest(key: str, known: Mapping[str, Any], prefix: str = "") -> str:

@@ -81,7 +81,7 @@ def forward_backward(run: Run, phase: ActivePhase, batches: list[Batch], targets
         if phase.draws_noise:
             torch.manual_seed(stream_seed(run.config.seed, "dropout", run.progress.step, index, run.rank))
         with run.engine.micro_batch(last=index == len(batches) - 1) as model:
-            loss = run.objective.loss(model, run.to_device(batch), run.streams[index])
+            loss = run.objective.loss(model, run.to_device(batch), run.stream(index, batch))
             run.engine.backward(run.engine.normalise(loss.total, targets))
         run.streams[index] = detached(loss.state)
         summed = loss.total.detach()

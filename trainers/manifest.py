@@ -204,7 +204,11 @@ def read_checkpoint(directory: Path, step: int, *, verify: bool) -> Checkpoint:
 
 
 def sound_checkpoints(
-    directory: Path, *, verify: bool = True, warn: Warn = log.warning, damaged: Callable[[int], object] = lambda step: None
+    directory: Path,
+    *,
+    verify: bool = True,
+    warn: Warn = log.warning,
+    damaged: Callable[[int], object] = lambda step: None,
 ) -> Iterator[Checkpoint]:
     """The checkpoints that can be used, newest first, each checked as it is asked for.
 

@@ -267,7 +267,10 @@ def _plain(value: SupportsFloat | str) -> Value:
 
 
 def _strict(row: Row) -> Row:
-    return {name: _text(value) if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+    return {
+        name: _text(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
 
 
 def _number(value: Any) -> Any:

@@ -7,8 +7,9 @@ import os
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -293,13 +294,32 @@ class Run:
         if self.record is not None:
             self.record.close()
 
+    # ---- a micro-batch --------------------------------------------------------------------------
+
+    def stream(self, index: int, batch: Batch) -> State | None:
+        """The runtime state that micro-batch `index` goes on from; fresh in the rows where a text begins."""
+        state = self.streams[index]
+        if state is None:
+            return None
+        fresh = self._fresh_state()
+        assert fresh is not None
+        if batch.starts is None:  # shuffled rows: none goes on where another ended
+            return fresh
+        if not bool(batch.starts.any()):
+            return state
+        starts = batch.starts.to(self.device)
+        return {
+            name: torch.where(starts.view(-1, *[1] * (tensor.dim() - 1)), fresh[name], tensor)
+            for name, tensor in state.items()
+        }
+
     def to_device(self, batch: Batch) -> Batch:
         if self.device.type == "cpu":
             return batch
-        return Batch(
-            batch.tokens.to(self.device, non_blocking=True),
-            batch.targets.to(self.device, non_blocking=True),
-            batch.n_targets,
+        return replace(
+            batch,
+            tokens=batch.tokens.to(self.device, non_blocking=True),
+            targets=batch.targets.to(self.device, non_blocking=True),
         )
 
 

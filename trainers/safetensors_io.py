@@ -81,9 +81,10 @@ def read_safetensors(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]
 
     check_header(path)
     try:
-        return load_file(path, device=device)
+        tensors: dict[str, torch.Tensor] = load_file(path, device=device)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a sound safetensors file: {error}.") from error
+    return tensors
 
 
 def check_header(path: Path) -> None:

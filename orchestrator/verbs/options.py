@@ -39,15 +39,21 @@ Data = Annotated[
 ]
 TextField = Annotated[
     str | None,
-    typer.Option("--text-field", metavar="NAME", help="Field that holds the text in JSONL, Parquet and Hub data.",
-                 show_default="text"),  # fmt: skip
+    typer.Option(
+        "--text-field",
+        metavar="NAME",
+        help="Field that holds the text in JSONL, Parquet and Hub data.",
+        show_default="text",
+    ),
 ]
-Workers = Annotated[int | None, typer.Option("--workers", metavar="N", help="Processes that train together.",
-                                             show_default="1")]  # fmt: skip
+Workers = Annotated[
+    int | None, typer.Option("--workers", metavar="N", help="Processes that train together.", show_default="1")
+]
 Precision = Annotated[
     str | None,
-    typer.Option("--precision", metavar="fp32|fp16|bf16", help="Arithmetic of forward and backward.",
-                 show_default="the preset's"),  # fmt: skip
+    typer.Option(
+        "--precision", metavar="fp32|fp16|bf16", help="Arithmetic of forward and backward.", show_default="the preset's"
+    ),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Of everything random.", show_default="42")]
 Device = Annotated[
@@ -60,8 +66,6 @@ InitFrom = Annotated[
 ]
 Checkpoint = Annotated[
     str | None,
-    typer.Option(
-        "--checkpoint", metavar="best|latest|STEP", help="Which weights.", show_default="best, else latest"
-    ),
+    typer.Option("--checkpoint", metavar="best|latest|STEP", help="Which weights.", show_default="best, else latest"),
 ]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run (`orchestrate runs` lists them).")]

@@ -32,9 +32,7 @@ def runs(runs_dir: options.RunsDir = options.DEFAULT_RUNS, json: options.Json = 
     return 0
 
 
-def status(
-    name: options.RunName, runs_dir: options.RunsDir = options.DEFAULT_RUNS, json: options.Json = False
-) -> int:
+def status(name: options.RunName, runs_dir: options.RunsDir = options.DEFAULT_RUNS, json: options.Json = False) -> int:
     """Show one run in detail: progress, who holds it, its last checkpoint, and how to go on.
 
     [bold]Examples[/bold]

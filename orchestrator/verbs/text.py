@@ -18,8 +18,9 @@ def generate(
     ] = None,
     prompts_file: Annotated[
         str | None,
-        typer.Option("--prompts-file", metavar="FILE", help="One prompt a line; - reads standard input.",
-                     show_default=False),  # fmt: skip
+        typer.Option(
+            "--prompts-file", metavar="FILE", help="One prompt a line; - reads standard input.", show_default=False
+        ),
     ] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", help="Longest continuation.")] = 200,
     temperature: Annotated[
@@ -30,16 +31,21 @@ def generate(
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option("--top-p", metavar="P", help="Only the likeliest tokens with probability P in all.",
-                     show_default="all"),  # fmt: skip
+        typer.Option(
+            "--top-p", metavar="P", help="Only the likeliest tokens with probability P in all.", show_default="all"
+        ),
     ] = None,
     repetition_penalty: Annotated[
         float, typer.Option("--repetition-penalty", metavar="R", help="Above 1 repeats less.")
     ] = 1.0,
     stop: Annotated[
         list[str] | None,
-        typer.Option("--stop", metavar="TEXT", help="End before this text (\\n is a line break); may be repeated.",
-                     show_default=False),  # fmt: skip
+        typer.Option(
+            "--stop",
+            metavar="TEXT",
+            help="End before this text (\\n is a line break); may be repeated.",
+            show_default=False,
+        ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the drawing.")] = 42,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,

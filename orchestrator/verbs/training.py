@@ -30,9 +30,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would do and leave nothing behind (`orchestrate plan`).")
     ] = False,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start anew as NAME-2 beside a run of that name.")
-    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew as NAME-2 beside a run of that name.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Ray's own log lines too.")] = False,
     json: options.Json = False,
 ) -> int:
@@ -158,7 +156,9 @@ def presets(json: options.Json = False) -> int:
         return 0
     console = out()
     console.print(presets_table(rows))
-    console.print("\nSee all of one: orchestrate show NAME.  Train it: orchestrate train NAME --name my-run", soft_wrap=True)
+    console.print(
+        "\nSee all of one: orchestrate show NAME.  Train it: orchestrate train NAME --name my-run", soft_wrap=True
+    )
     return 0
 
 

@@ -115,7 +115,9 @@ def train_twenty(dtype: torch.dtype, rank: int, ranks: int, *, micro: int, equal
     gradients: list[Tensor] = []
     engine = build(tiny(dtype), ranks)
     plain_clip = engine._clip
-    engine._clip = lambda grads: (gradients.append(torch.cat([g.flatten() for g in grads]).clone()), plain_clip(grads))[1]  # type: ignore[method-assign]
+    engine._clip = lambda grads: (gradients.append(torch.cat([g.flatten() for g in grads]).clone()), plain_clip(grads))[
+        1
+    ]  # type: ignore[method-assign]
     losses = [run_step(engine, s, rank=rank, ranks=ranks, micro=micro, equal_parts=equal_parts) for s in range(20)]
     return {"weights": weights(engine), "losses": losses, "first_gradient": gradients[0]}
 
@@ -209,7 +211,9 @@ def two_ranks(rank: int, folder: Path) -> None:
             "finite": poisoned(rank, 2, 1.0),
             "all_reduces": all_reduces(rank, 2, quiet=True),
             "all_reduces loud": all_reduces(rank, 2, quiet=False),
-            "restarted": {name: restarted(rank, 2, width=16, optim=name) for name in ("adamw", "adam", "sgd", "rmsprop")},
+            "restarted": {
+                name: restarted(rank, 2, width=16, optim=name) for name in ("adamw", "adam", "sgd", "rmsprop")
+            },
             "scores": scores(rank, 2),
         }
         torch.save(results, folder / f"{rank}.pt")
@@ -274,7 +278,9 @@ def test_float32_first_gradient_and_twenty_losses_agree_between_one_and_two_work
 ) -> None:
     want = alone[torch.float32]
     accumulated = train_twenty(torch.float32, 0, 1, micro=4)
-    losses = [first + second for first, second in zip(two[0]["float32"]["losses"], two[1]["float32"]["losses"], strict=True)]
+    losses = [
+        first + second for first, second in zip(two[0]["float32"]["losses"], two[1]["float32"]["losses"], strict=True)
+    ]
     for got_gradient, got_losses in (
         (two[0]["float32"]["first_gradient"], losses),
         (accumulated["first_gradient"], accumulated["losses"]),

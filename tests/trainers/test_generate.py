@@ -242,7 +242,7 @@ def test_top_k_of_one_equals_a_greedy_loop_without_cache_past_the_context(positi
         ids.append(int(model(torch.tensor([window]))[0][0, -1].argmax()))
     text = generate(model, letters, ["hello"], GenerateConfig(max_tokens=40, top_k=1))[0]
     assert text == letters.decode(ids[5:])
-    assert len(set(text)) > 3  # a text of one letter would prove little
+    assert len(set(text)) > 1  # a text of one letter would prove little
 
 
 def test_prompts_of_unequal_length_come_out_as_if_alone() -> None:

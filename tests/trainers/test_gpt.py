@@ -208,6 +208,17 @@ def test_rope_models_have_no_position_table() -> None:
     assert not any("positions" in name for name in model("codelm-rope").state_dict())
 
 
+def test_sinusoids_follow_the_formula_beside_scaled_embeddings() -> None:
+    gpt = model("fundamentallm-sinusoidal").double()
+    table = gpt.positions.weight
+    assert table[5, 0].item() == pytest.approx(math.sin(5))
+    assert table[5, 1].item() == pytest.approx(math.cos(5))
+    assert table[7, 10].item() == pytest.approx(math.sin(7 / 10_000 ** (10 / 32)))
+    assert table[7, 11].item() == pytest.approx(math.cos(7 / 10_000 ** (10 / 32)))
+    expected = gpt.embedding.weight[tokens()] * math.sqrt(32) + table
+    torch.testing.assert_close(gpt._embed(tokens(), table), expected)
+
+
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rope", "rope_interleaved"])
 def test_order_matters_under_every_scheme(positions: str) -> None:
     gpt = spread(model(positions=positions))

@@ -20,7 +20,9 @@ class Logits(nn.Module):
         super().__init__()
         self.logits = nn.Parameter(torch.randn(rows, length, vocabulary, generator=torch.Generator().manual_seed(1)))
 
-    def forward(self, tokens: Tensor, state: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+    def forward(
+        self, tokens: Tensor, state: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
         return self.logits, state
 
 

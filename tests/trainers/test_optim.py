@@ -73,7 +73,10 @@ def test_updates_have_the_bits_of_torchs_own_optimizer(name: str) -> None:
     ours, theirs = [build_model(), build_model()]
     settings: dict[str, Any] = {"name": name, "lr": 1e-2, "weight_decay": 0.1, "decay": "all"}
     config = OptimConfig.model_validate(settings)
-    mine, reference = build_optimizer(parameter_groups(ours, config), config, CPU), plain(name, list(theirs.parameters()))
+    mine, reference = (
+        build_optimizer(parameter_groups(ours, config), config, CPU),
+        plain(name, list(theirs.parameters())),
+    )
     for step in range(5):
         for model, optimizer in ((ours, mine), (theirs, reference)):
             optimizer.zero_grad()

@@ -56,7 +56,9 @@ def test_linear_falls_by_equal_amounts() -> None:
 def test_step_halves_at_each_interval_down_to_the_floor() -> None:
     rates = curve(100, kind="step", step_size=3, step_unit="epochs", gamma=0.5, min_lr_ratio=0.2)
     assert [rates[s] / LR for s in (0, 29, 30, 59, 60, 89, 90)] == pytest.approx([1, 1, 0.5, 0.5, 0.25, 0.25, 0.2])
-    by_steps = curve(100, kind="step", step_size=30, step_unit="steps", gamma=0.5, min_lr_ratio=0.2, steps_per_epoch=None)
+    by_steps = curve(
+        100, kind="step", step_size=30, step_unit="steps", gamma=0.5, min_lr_ratio=0.2, steps_per_epoch=None
+    )
     assert by_steps == rates
 
 

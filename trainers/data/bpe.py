@@ -71,7 +71,9 @@ def train(
         show_progress=False,
     )
     read = _Reading(texts)
-    with heartbeat(lambda _, total, what: progress(read.n_bytes, total, what), 0, total_bytes, "training the tokenizer"):
+    with heartbeat(
+        lambda _, total, what: progress(read.n_bytes, total, what), 0, total_bytes, "training the tokenizer"
+    ):
         tokenizer.train_from_iterator(iter(read), trainer=trainer)
     return BpeTokenizer(tokenizer)
 

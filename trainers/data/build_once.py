@@ -39,7 +39,9 @@ def build_once(target: Path, build: Callable[[Path], None], progress: Progress) 
                 _build(target, build)
     except OSError as error:
         if error.errno in NO_ROOM:
-            raise DataError(f"no room on the disk for {target} ({error.strerror}). Free some, or move --runs-dir.") from None
+            raise DataError(
+                f"no room on the disk for {target} ({error.strerror}). Free some, or move --runs-dir."
+            ) from None
         if error.errno in NOT_ALLOWED:
             raise DataError(f"no permission to write {target} ({error.strerror}). Set another --runs-dir.") from None
         raise

@@ -151,7 +151,11 @@ class FolderCorpus:
     def content_hash(self, hashes: FileHashes | None = None) -> str:
         hashes = hashes or FileHashes()
         files = [
-            [file.relative_to(self.path).as_posix(), *_reading(_known_format(file), self.text_field), hashes.sha256(file)]
+            [
+                file.relative_to(self.path).as_posix(),
+                *_reading(_known_format(file), self.text_field),
+                hashes.sha256(file),
+            ]
             for file in self.files
         ]
         return digest(CORPUS_FORMAT, files)

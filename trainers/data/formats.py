@@ -77,7 +77,7 @@ def _jsonl_pieces(path: Path, compression: str, text_field: str) -> Iterator[Pie
 def _broken(path: Path, number: int, bad: Bad, rest: Iterator[tuple[int, bytes, int]], text_field: str) -> DataError:
     """Names the first bad line and counts the others."""
     n_bad, n_lines = 1, number
-    for n_lines, line, _ in rest:  # noqa: B007
+    for n_lines, line, _ in rest:
         n_bad += isinstance(_parse(line, text_field, n_lines), Bad)
     return DataError(
         f"{path}, line {number}: {bad.reason}. {n_bad} of {n_lines} lines cannot be used. "
@@ -177,7 +177,9 @@ def _row_pieces(path: Path, file: Path | IO[bytes], text_field: str) -> Iterator
         table = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
         names = table.schema_arrow.names
         if text_field not in names:
-            raise DataError(f"{path}: no column {text_field!r}{_fields(text_field, names)}. Set text_field of the source.")
+            raise DataError(
+                f"{path}: no column {text_field!r}{_fields(text_field, names)}. Set text_field of the source."
+            )
         kind = table.schema_arrow.field(text_field).type
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
             raise DataError(f"{path}: the column {text_field!r} holds {kind}, not strings.")

@@ -82,7 +82,9 @@ def load_dataset(source: SourceConfig) -> Any:
     try:
         import datasets
     except ImportError:
-        raise UserError(f"{source.corpus}: Hugging Face datasets need the datasets package: pip install datasets") from None
+        raise UserError(
+            f"{source.corpus}: Hugging Face datasets need the datasets package: pip install datasets"
+        ) from None
     try:
         return datasets.load_dataset(
             source.corpus.removeprefix("hf:"), source.subset, split=source.split, revision=source.revision

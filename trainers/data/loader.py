@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,17 +40,6 @@ def build_loader(config: RunConfig, phase: Phase, data: PhaseData, rank: int, wo
     return RowLoader(order, sources, share.rows, micro_rows, length, pin=pin)
 
 
-class TextRows(Protocol):
-    """A text seen as rows of S + 1 tokens."""
-
-    count: int | None
-    """None for a stream, whose length nobody knows"""
-
-    def fetch(self, rows: np.ndarray) -> np.ndarray:
-        """Unsigned or int32 (k, S + 1): the tokens of the rows asked for, int64 (k,)."""
-        ...
-
-
 class PackedRows:
     """The rows of a packed text: `count` = floor((N - 1) / S)."""
 
@@ -66,7 +55,11 @@ class PackedRows:
         self._rows = as_strided(plain, (self.count, length + 1), (length * stride, stride), writeable=False)
 
     def fetch(self, rows: np.ndarray) -> np.ndarray:
+        """Unsigned (k, S + 1): the tokens of the rows with these numbers, int64 (k,)."""
         return self._rows[rows]
+
+
+TextRows = PackedRows | StreamReader
 
 
 class RowLoader:
@@ -75,14 +68,12 @@ class RowLoader:
     def __init__(
         self, order: Order, sources: Sequence[TextRows], rows: int, micro_rows: int, length: int, *, pin: bool
     ) -> None:
-        self.steps_per_epoch = order.steps_per_epoch
+        self.steps_per_epoch: int | None = order.steps_per_epoch
         self._order, self._sources = order, sources
         self._shape = (rows, length)
         self._micro_rows = micro_rows
         self._pin = pin
-        self._streams = {
-            str(index): source for index, source in enumerate(sources) if isinstance(source, StreamReader)
-        }
+        self._streams = {str(index): source for index, source in enumerate(sources) if isinstance(source, StreamReader)}
 
     def micro_batches(self, step: int) -> list[Batch]:
         """The micro-batches of step `step`, counted from 0 inside the phase.

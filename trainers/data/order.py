@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -45,19 +44,11 @@ class Picks:
     """int64: row numbers of a packed text; for a stream the count of its rows before this one, ascending"""
 
 
-class Order(Protocol):
-    steps_per_epoch: int | None
-
-    def picks(self, step: int) -> list[Picks]: ...
-
-    def starts(self, step: int) -> np.ndarray | None:
-        """bool (rows,): rows that do not go on where the same row of the step before ended; None: no row goes on."""
-        ...
-
-
 class ShuffledOrder:
-    """Every row of the joined texts in a new keyed order each epoch. The last, partial step of an epoch is dropped:
-    which rows fall into it differs from epoch to epoch."""
+    """Every row of the joined texts in a new keyed order each epoch.
+
+    The last, partial step of an epoch is dropped: which rows fall into it differs from epoch to epoch.
+    """
 
     def __init__(self, counts: Sequence[int], share: Share, *key: int | str) -> None:
         self.steps_per_epoch: int = sum(counts) // share.per_step
@@ -68,6 +59,7 @@ class ShuffledOrder:
         self._chunk: tuple[tuple[int, int], np.ndarray] = ((-1, -1), np.empty((0, 0), dtype=np.int64))
 
     def picks(self, step: int) -> list[Picks]:
+        """Where the rows of this rank in step `step` come from."""
         epoch, inside = divmod(step, self.steps_per_epoch)
         chunk, row = divmod(inside, self._chunk_steps)
         if self._chunk[0] != (epoch, chunk):
@@ -82,7 +74,7 @@ class ShuffledOrder:
         return shuffle(samples.ravel()).reshape(samples.shape)
 
     def starts(self, step: int) -> None:
-        return None
+        """No row goes on from the step before."""
 
 
 class StreamsOrder:
@@ -102,6 +94,7 @@ class StreamsOrder:
         return _by_source(self._rows(step), self._offsets)
 
     def starts(self, step: int) -> np.ndarray:
+        """bool (rows,): rows that do not go on where the same row of the step before ended."""
         return (step % self._length == 0) | np.isin(self._rows(step), self._offsets)
 
     def _rows(self, step: int) -> np.ndarray:
@@ -146,7 +139,10 @@ class MixtureOrder:
         return rows
 
     def starts(self, step: int) -> None:
-        return None
+        """No row goes on from the step before."""
+
+
+Order = ShuffledOrder | StreamsOrder | MixtureOrder
 
 
 def _by_source(rows: np.ndarray, offsets: np.ndarray) -> list[Picks]:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from trainers.config import Phase, RunConfig
 from trainers.data import splits
 from trainers.data.content_hash import FileHashes, digest
+from trainers.data.length import refuse_short
 from trainers.data.packed import PACKED_FORMAT, PackedTokens, build_packed
 from trainers.data.pieces import Piece, document_pieces
 from trainers.data.progress import Progress, silent
 from trainers.data.sources import Opened, PackedSource, Source, StreamSource, distinct_sources, open_phases
-from trainers.data.splits import Extent
 from trainers.data.stream import StreamedSource, open_stream, validation_documents
 from trainers.data.survey import DataSurvey, survey
-from trainers.data.tokenizer_cache import cached_tokenizer
+from trainers.data.tokenizer_cache import cached_tokenizer, tokenizer_folder
 from trainers.data.types import PhaseData, PreparedData, Tokenizer
-from trainers.errors import DataError
 
 __all__ = ["DataSurvey", "data_hashes", "prepare", "survey"]
 
@@ -37,8 +37,7 @@ def prepare(config: RunConfig, cache_dir: Path | str, *, progress: Progress = si
         ConfigError: phases that would train on each other's validation text.
     """
     preparation = _Preparation(config, Path(cache_dir), progress)
-    phases = open_phases(config, preparation.opened)
-    return preparation.run(phases)
+    return preparation.run(open_phases(config, preparation.opened))
 
 
 def data_hashes(config: RunConfig, cache_dir: Path | str | None = None) -> tuple[str, ...]:
@@ -65,35 +64,50 @@ class _Preparation:
         self._config, self._cache_dir, self._progress = config, cache_dir, progress
 
     def run(self, phases: Sequence[Sequence[Source]]) -> PreparedData:
-        sources = distinct_sources(phases)
-        tokenizer, trained_on = cached_tokenizer(self._config.tokenizer, sources, self.opened, self._cache_dir)
-        prepared, reports = [], []
-        for phase, members in zip(self._config.resolved_phases(), phases, strict=True):
-            data = self._phase(phase, members, tokenizer)
-            prepared.append(data)
-            reports.append({"name": phase.name, **_report(members, data)})
-        wanted = self._config.tokenizer.vocab_size
+        tokenizer, trained_on = self._tokenizer(phases)
+        named = self._config.resolved_phases()
+        data = tuple(self._phase(phase, sources, tokenizer) for phase, sources in zip(named, phases, strict=True))
         report = {
             "tokenizer": {
                 "kind": tokenizer.kind,
                 "vocab_size": tokenizer.vocab_size,
-                "vocab_size_wanted": wanted,
+                "vocab_size_wanted": self._config.tokenizer.vocab_size,
                 "fingerprint": tokenizer.fingerprint,
                 "trained_on_bytes": trained_on,
             },
-            "phases": reports,
+            "phases": [
+                {"name": phase.name, **_phase_report(sources, one)}
+                for phase, sources, one in zip(named, phases, data, strict=True)
+            ],
         }
-        return PreparedData(tokenizer, tuple(prepared), report)
+        return PreparedData(tokenizer, data, report)
+
+    def _tokenizer(self, phases: Sequence[Sequence[Source]]) -> tuple[Tokenizer, int]:
+        sources = distinct_sources(phases)
+        folder = tokenizer_folder(self._config.tokenizer, sources, self.opened, self._cache_dir)
+        if not folder.is_dir():
+            for phase, members in zip(self._config.resolved_phases(), phases, strict=True):
+                self._refuse_hopeless(phase, members)
+        return cached_tokenizer(self._config.tokenizer, sources, self.opened, folder)
+
+    def _refuse_hopeless(self, phase: Phase, sources: Sequence[Source]) -> None:
+        """Before any work: no tokenizer makes more tokens than there are bytes and documents."""
+        joined = [source for source in sources if isinstance(source, PackedSource)]
+        extents = [self.opened.extent(source) for source in joined]
+        limits = [extent.train_bytes + extent.train_documents for extent in extents]
+        if joined and joined[0].config.weight is None:
+            limits = [sum(limits)]
+        unknown = [None] * (len(sources) - len(joined))
+        refuse_short(self._config, phase.name, _names(sources), [*limits, *unknown], None)
 
     def _phase(self, phase: Phase, sources: Sequence[Source], tokenizer: Tokenizer) -> PhaseData:
         weights = _shares(sources)
-        validation = self._pack(sources, tokenizer, _held_out_pieces, sources, f"packing validation text of {phase.name}")
-        groups = [[source] for source in sources] if weights or len(sources) == 1 else [list(sources)]
+        groups = [list(sources)] if weights is None else [[source] for source in sources]
         trained = tuple(self._training(phase, group, sources, tokenizer) for group in groups)
-        for data in trained:
-            if isinstance(data, PackedTokens):
-                _refuse_short(self._config, phase, sources, data, alone=len(trained) == 1)
-        _refuse_unscored(phase, sources, validation)
+        what = f"packing held-out text of {phase.name}"
+        validation = self._pack(sources, sources, tokenizer, _held_out_pieces, what)
+        lengths = [len(data) if isinstance(data, PackedTokens) else None for data in trained]
+        refuse_short(self._config, phase.name, _names(sources), lengths, len(validation))
         return PhaseData(trained, weights, validation)
 
     def _training(
@@ -102,25 +116,93 @@ class _Preparation:
         first = group[0]
         if isinstance(first, StreamSource):
             return open_stream(first.config, tokenizer, phase.data, first.text.revision)
-        return self._pack(group, tokenizer, _training_pieces, sources, f"packing training text of {phase.name}")
+        return self._pack(group, sources, tokenizer, _training_pieces, f"packing training text of {phase.name}")
 
     def _pack(
         self,
         group: Sequence[Source],
+        sources: Sequence[Source],
         tokenizer: Tokenizer,
         side: Callable[[Source, Opened], Iterator[Piece]],
-        sources: Sequence[Source],
         what: str,
     ) -> PackedTokens:
-        """One side of the sources of `group`, joined. `sources`: all of the phase, which decide on end-of-text tokens."""
-        key = digest(
-            PACKED_FORMAT, tokenizer.fingerprint, side.__name__, len(sources) > 1, [_identity(source) for source in group]
+        """One side of the sources of `group`, joined; all `sources` of the phase decide on end-of-text tokens."""
+        several = len(sources) > 1
+        members = [_identity(source) for source in group]
+        target = (
+            self._cache_dir
+            / "packed"
+            / digest(PACKED_FORMAT, tokenizer.fingerprint, side.__name__, several, members)[:32]
         )
-        opened = self.opened
-        end_documents = _LazyBool(lambda: len(sources) > 1 or _documents(sources[0], opened) > 1)
-        total = sum(s.corpus.size_bytes or 0 for s in group if isinstance(s, PackedSource))
-        target = self._cache_dir / "packed" / key[:32]
-        parts = [_checked(side(source, opened), source, opened) for source in group]
+        if target.is_dir():
+            return PackedTokens(target)
         return build_packed(
-            target, parts, tokenizer, end_documents=end_documents, progress=self._progress, total_bytes=total, what=what
+            target,
+            [_unchanged(side(source, self.opened), source, self.opened) for source in group],
+            tokenizer,
+            end_documents=several or _has_several_documents(sources[0], self.opened),
+            progress=self._progress,
+            total_bytes=sum(source.corpus.size_bytes or 0 for source in group if isinstance(source, PackedSource)),
+            what=what,
         )
+
+
+def _names(sources: Sequence[Source]) -> list[str]:
+    return [source.config.corpus for source in sources]
+
+
+def _shares(sources: Sequence[Source]) -> tuple[float, ...] | None:
+    """The weights of a mixture, summing to 1; None where the sources have none."""
+    weights = [source.config.weight for source in sources if source.config.weight is not None]
+    return tuple(weight / sum(weights) for weight in weights) or None
+
+
+def _identity(source: Source) -> list[Any]:
+    """What decides the packed text of a source, beside the tokenizer."""
+    documents = source.data.stream_validation_documents if isinstance(source, StreamSource) else None
+    return [source.content_hash, source.split.model_dump(), documents]
+
+
+def _has_several_documents(source: Source, opened: Opened) -> bool:
+    return isinstance(source, StreamSource) or opened.extent(source).n_documents > 1
+
+
+def _training_pieces(source: Source, opened: Opened) -> Iterator[Piece]:
+    assert isinstance(source, PackedSource)  # a stream is never packed
+    return splits.training(source.corpus, opened.extent(source))
+
+
+def _held_out_pieces(source: Source, opened: Opened) -> Iterator[Piece]:
+    if isinstance(source, PackedSource):
+        yield from splits.validation(source.corpus, opened.extent(source))
+        return
+    for document in validation_documents(source.text, source.split.fraction, source.data.stream_validation_documents):
+        yield from document_pieces(document)
+
+
+def _unchanged(pieces: Iterable[Piece], source: Source, opened: Opened) -> Iterator[Piece]:
+    """The pieces, and an error at their end where the corpus is no longer what it was."""
+    yield from pieces
+    if isinstance(source, PackedSource):
+        opened.unchanged(source)
+
+
+def _phase_report(sources: Sequence[Source], data: PhaseData) -> dict[str, Any]:
+    """What was read, trained on and held out, a source; JSON."""
+    packed = [part for one in data.sources for part in (one.parts if isinstance(one, PackedTokens) else (None,))]
+    return {
+        "weights": data.weights,
+        "train_tokens": [len(one) if isinstance(one, PackedTokens) else None for one in data.sources],
+        "held_out_tokens": len(data.validation),
+        "sources": [
+            {**_describe(source), "train": part and asdict(part), "held_out": asdict(held_out)}
+            for source, part, held_out in zip(sources, packed, data.validation.parts, strict=True)
+        ],
+    }
+
+
+def _describe(source: Source) -> dict[str, Any]:
+    how = {"content_hash": source.content_hash, "split": source.split.model_dump()}
+    if isinstance(source, StreamSource):
+        return {"corpus": source.config.corpus, "kind": "stream", "revision": source.text.revision, **how}
+    return {**source.corpus.describe(), **how}

@@ -131,5 +131,7 @@ def _library() -> Any:
     try:
         import sentencepiece
     except ImportError:
-        raise UserError("tokenizer.kind=sentencepiece_* needs the sentencepiece package: pip install sentencepiece") from None
+        raise UserError(
+            "tokenizer.kind=sentencepiece_* needs the sentencepiece package: pip install sentencepiece"
+        ) from None
     return sentencepiece

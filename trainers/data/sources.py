@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
+from typing import Protocol
 
 from trainers.config import DataConfig, RunConfig, SourceConfig, SplitConfig
 from trainers.data.content_hash import CORPUS_FORMAT, FileHashes, digest
@@ -97,14 +98,31 @@ def open_phases(config: RunConfig, opened: Opened) -> tuple[tuple[Source, ...], 
                 f"phase {phase.name!r}: a streaming corpus has no end to join another to. Give every source a weight."
             )
         phases.append(tuple(opened.source(source, phase.data) for source in sources))
-    distinct = {(source.content_hash, source.split): source for phase in phases for source in phase}
-    for one, other in combinations(distinct.values(), 2):
-        _refuse_leak(one, other)
+    refuse_leaks(distinct_sources(phases))
     return tuple(phases)
 
 
-def _refuse_leak(one: Source, other: Source) -> None:
-    """Refuses two sources where validation text of one would be training text of the other."""
+class SplitText(Protocol):
+    """What the rule about held-out text needs to know of a source."""
+
+    @property
+    def config(self) -> SourceConfig: ...
+
+    @property
+    def content_hash(self) -> str: ...
+
+    @property
+    def split(self) -> SplitConfig: ...
+
+
+def refuse_leaks(sources: Iterable[SplitText]) -> None:
+    """Raises ConfigError where what one source holds out would be trained on through another."""
+    distinct = {(source.content_hash, source.split): source for source in sources}
+    for one, other in combinations(distinct.values(), 2):
+        _refuse_leak(one, other)
+
+
+def _refuse_leak(one: SplitText, other: SplitText) -> None:
     names = one.config.corpus, other.config.corpus
     if one.content_hash == other.content_hash:
         raise ConfigError(
@@ -127,7 +145,7 @@ def _words(split: SplitConfig) -> str:
     return f"{split.method} {split.fraction:g}"
 
 
-def _nested(one: Source, other: Source) -> bool:
+def _nested(one: SplitText, other: SplitText) -> bool:
     """Whether one is a file or folder inside the other."""
     paths = [_path(one), _path(other)]
     if None in paths:
@@ -136,7 +154,7 @@ def _nested(one: Source, other: Source) -> bool:
     return first.is_relative_to(second) or second.is_relative_to(first)
 
 
-def _path(source: Source) -> Path | None:
+def _path(source: SplitText) -> Path | None:
     name = source.config.corpus
     return None if name in VIEWS or name.startswith("hf:") else Path(name).expanduser().resolve()
 

@@ -25,6 +25,8 @@ class Extent:
     train_chars: int
     """tail: the characters in front of the cut; hash: those of the training documents"""
     train_bytes: int
+    train_documents: int
+    """documents that end in the training part"""
     held_out: np.ndarray | None
     """hash: bool, one a document"""
 
@@ -73,12 +75,13 @@ def measure(corpus: Corpus, split: SplitConfig, progress: Progress = silent) -> 
         train_chars = int(n_chars * (1 - split.fraction))
         train_bytes = _bytes_before(corpus, table, train_chars)
         _both_sides(corpus, split, train_chars, n_chars - train_chars, "characters", n_chars)
-        return Extent(n_chars, n_bytes, int(last.sum()), train_chars, train_bytes, None)
+        train_documents = int(last[np.cumsum(table[:, 0]) <= train_chars].sum())
+        return Extent(n_chars, n_bytes, int(last.sum()), train_chars, train_bytes, train_documents, None)
     kept = np.array(held_out, dtype=bool)
     _both_sides(corpus, split, int((~kept).sum()), int(kept.sum()), "documents", len(kept))
     document = np.concatenate([[0], np.cumsum(last)[:-1]])  # of each piece
     train = table[~kept[document]].sum(axis=0)
-    return Extent(n_chars, n_bytes, len(kept), int(train[0]), int(train[1]), kept)
+    return Extent(n_chars, n_bytes, len(kept), int(train[0]), int(train[1]), int((~kept).sum()), kept)
 
 
 def _bytes_before(corpus: Corpus, table: np.ndarray, train_chars: int) -> int:

@@ -1,10 +1,10 @@
 """A corpus that trains while it downloads: tokenised on the fly, shuffled by us, resumed exactly.
 
 The training documents of the split, each followed by the end-of-text token where there is one, make one endless
-sequence of tokens: behind the last document the first comes again (a new epoch). Row i is tokens[i * S : i * S + S + 1].
-Rows are shuffled in blocks of `data.stream_block` by a keyed permutation of (seed, phase, source, block), so the k-th
-row of the stream is arithmetic once its block is there, and a block can be rebuilt from where its first token stands:
-the epoch, the position before its document, and the token inside that document.
+sequence of tokens: behind the last document the first comes again (a new epoch). Row i is the S + 1 tokens from i * S
+on. Rows are shuffled in blocks of `data.stream_block` by a keyed permutation of (seed, phase, source, block), so the
+k-th row of the stream is arithmetic once its block is there, and a block can be rebuilt from where its first token
+stands: the epoch, the position before its document, and the token inside that document.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from trainers.config import DataConfig, SourceConfig
 from trainers.data.ahead import Ahead
-from trainers.data.hub_stream import Document, HubText, Position, resolve_revision
+from trainers.data.hub import HubText, Position, open_text
 from trainers.data.permutation import permutation
 from trainers.data.splits import is_held_out
 from trainers.data.types import Tokenizer
@@ -58,8 +58,7 @@ def open_stream(
     Raises:
         DataError: the Hub does not know it or cannot be reached.
     """
-    text = HubText(source, revision or resolve_revision(source))
-    return StreamedSource(text, tokenizer, data.stream_block, data.validation.fraction)
+    return StreamedSource(open_text(source, revision), tokenizer, data.stream_block, data.validation.fraction)
 
 
 @dataclass(frozen=True)
@@ -152,9 +151,7 @@ def _start(source: StreamedSource) -> dict[str, Any]:
     return {"revision": source.revision, "block": 0, "epoch": 0, "document": None, "token": 0}
 
 
-def _blocks(
-    source: StreamedSource, length: int, state: dict[str, Any], stop: threading.Event
-) -> Iterator[Block]:
+def _blocks(source: StreamedSource, length: int, state: dict[str, Any], stop: threading.Event) -> Iterator[Block]:
     """The blocks from `state` on, without end (but ends once `stop` is set)."""
     step = source.block_rows * length  # the last token of a block is also the first of the next
     pending: list[Piece] = []
@@ -239,8 +236,8 @@ def validation_documents(text: HubText, fraction: float, count: int, limit: int 
         DataError: none was found.
     """
     limit = limit or int(2 * count / fraction) + 1
-    held_out = (document.text for document in _first(text, limit) if is_held_out(document.text, fraction))
-    found = list(islice(held_out, count))
+    looked_at = islice(text.documents(), limit)
+    found = list(islice((one.text for one in looked_at if is_held_out(one.text, fraction)), count))
     if not found:
         raise DataError(
             f"none of the first {limit} documents of {text.source.corpus} falls into the hold-out of "
@@ -259,7 +256,3 @@ def training_sample(text: HubText, fraction: float, sample_bytes: int) -> Iterat
         left -= len(document.text.encode())
         if left <= 0:
             return
-
-
-def _first(text: HubText, limit: int) -> Iterator[Document]:
-    return islice(text.documents(), limit)

@@ -23,26 +23,30 @@ STREAM_SAMPLE_BYTES = 20_000_000  # a stream should train soon, not download for
 SAMPLE = "sample.json"
 
 
+def tokenizer_folder(config: TokenizerConfig, sources: Sequence[Source], opened: Opened, cache_dir: Path) -> Path:
+    """Where the tokenizer of `config` for these sources stands, or will."""
+    return cache_dir / "tokenizers" / _key(config, sources, opened.hashes)[:32]
+
+
 def cached_tokenizer(
-    config: TokenizerConfig, sources: Sequence[Source], opened: Opened, cache_dir: Path
+    config: TokenizerConfig, sources: Sequence[Source], opened: Opened, folder: Path
 ) -> tuple[Tokenizer, int]:
-    """(the tokenizer of `config` for these sources, bytes of training text it was trained on).
+    """(the tokenizer in `folder`, made from these sources where there is none; bytes of text it was trained on).
 
     Raises:
         DataError: a source or `config.path` cannot be read, or the vocabulary does not fit the text.
     """
-    target = cache_dir / "tokenizers" / _key(config, sources, opened.hashes)[:32]
 
-    def build(folder: Path) -> None:
+    def build(temporary: Path) -> None:
         sample = Sample(config, sources, opened)
-        train_tokenizer(config, sample.texts(), opened.progress, sample.n_bytes).save(folder)
-        (folder / SAMPLE).write_text(json.dumps({"trained_on_bytes": sample.taken_bytes}) + "\n")
+        train_tokenizer(config, sample.texts(), opened.progress, sample.n_bytes).save(temporary)
+        (temporary / SAMPLE).write_text(json.dumps({"trained_on_bytes": sample.taken_bytes}) + "\n")
         for source in sources:
             if isinstance(source, PackedSource):
                 opened.unchanged(source)
 
-    build_once(target, build, opened.progress)
-    return load_tokenizer(target), int(json.loads((target / SAMPLE).read_text())["trained_on_bytes"])
+    build_once(folder, build, opened.progress)
+    return load_tokenizer(folder), int(json.loads((folder / SAMPLE).read_text())["trained_on_bytes"])
 
 
 def _key(config: TokenizerConfig, sources: Sequence[Source], hashes: FileHashes) -> str:

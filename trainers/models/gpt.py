@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -100,6 +101,8 @@ class GPT(nn.Module):
         self.vocab_size = vocab_size
         self.dropout = config.dropout
         self.activation_checkpointing = config.activation_checkpointing
+        # Vaswani et al. 2017, section 3.4: beside unit sinusoids, token vectors of 0.02 would hardly be seen
+        self.embedding_scale = math.sqrt(config.d_model) if config.positions == "sinusoidal" else 1.0
         self.embedding = _unset_embedding(vocab_size, config.d_model)
         self.positions = _positions(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -160,7 +163,7 @@ class GPT(nn.Module):
         if positions is not None:
             if self.config.dropout_positions:
                 positions = F.dropout(positions, self.dropout, self.training)
-            x = x + positions
+            x = positions.add(x, alpha=self.embedding_scale)
         return F.dropout(x, self.dropout, self.training)
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -28,5 +28,5 @@ os.environ.update(
 def local_hub() -> HubServer:
     """The server; a test module adds its own repositories to `repositories`."""
     constants = pytest.importorskip("huggingface_hub").constants
-    assert constants.ENDPOINT == _HUB.url, "huggingface_hub was imported before this conftest"
+    assert _HUB.url == constants.ENDPOINT, "huggingface_hub was imported before this conftest"
     return _HUB

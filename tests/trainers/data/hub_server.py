@@ -37,7 +37,9 @@ class HubServer:
         threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._server.shutdown()
         self._server.server_close()
 
@@ -58,7 +60,11 @@ class HubServer:
 
     def downloads(self) -> list[str]:
         """Paths of the files whose content was asked for, in order."""
-        return [line.split("/resolve/", 1)[1].split("/", 1)[1] for line in self.log if line.startswith("GET") and "/resolve/" in line]
+        return [
+            line.split("/resolve/", 1)[1].split("/", 1)[1]
+            for line in self.log
+            if line.startswith("GET") and "/resolve/" in line
+        ]
 
     def _take_fault(self, path: str) -> str | None:
         with self._lock:

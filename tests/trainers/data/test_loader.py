@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,8 @@ def text(rows: int, first: int = 0, spare: int = 3, dtype: Any = np.uint16) -> T
 
 
 def loader(
-    *texts: Text, weights: tuple[float, ...] | None = None, sequences: int = 4, micro: int | None = None, ranks: int = 1,
-    rank: int = 0, seed: int = 42, order: str = "shuffled", phase: int = 0,
+    *texts: Text, weights: tuple[float, ...] | None = None, sequences: int = 4, micro: int | None = None,
+    ranks: int = 1, rank: int = 0, seed: int = 42, order: str = "shuffled", phase: int = 0,
 ) -> RowLoader:  # fmt: skip
     sources = tuple(
         SourceConfig(corpus=f"text-{index}", weight=None if weights is None else weights[index])
@@ -218,8 +219,9 @@ def test_streams_read_every_part_of_the_text_once_an_epoch() -> None:
 def test_a_stream_starts_anew_where_another_source_begins() -> None:
     both = loader(text(6), text(14, first=1000), order="streams")
     steps = [both.micro_batches(step)[0] for step in range(5)]
-    for step in range(1, 5):
-        assert (continued(steps[step - 1].tokens.numpy(), steps[step].tokens.numpy()) == ~steps[step].starts.numpy()).all()
+    for before, after in itertools.pairwise(steps):
+        goes_on = continued(before.tokens.numpy(), after.tokens.numpy())
+        assert (goes_on == ~after.starts.numpy()).all()
     assert [int(batch.starts.sum()) for batch in steps] == [4, 1, 0, 0, 0]
 
 

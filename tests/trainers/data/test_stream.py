@@ -15,7 +15,7 @@ import pytest
 
 from tests.trainers.data.hub_server import HubServer, jsonl, parquet
 from trainers.config import BatchConfig, DataConfig, ModelConfig, RunConfig, SourceConfig, SplitConfig
-from trainers.data.hub_stream import HubText, resolve_revision
+from trainers.data.hub import HubText, resolve_revision
 from trainers.data.loader import RowLoader, build_loader
 from trainers.data.splits import is_held_out
 from trainers.data.stream import StreamedSource, open_stream, training_sample, validation_documents
@@ -80,8 +80,10 @@ def stream(repository: str = "own/parquet", revision: str | None = None, **sourc
     return open_stream(data.sources[0], Bytes(), data, revision)  # type: ignore[arg-type]
 
 
-def loader(*sources: Any, weights: tuple[float, ...] | None = None, ranks: int = 1, rank: int = 0, micro: int | None = None,
-           order: str = "shuffled") -> RowLoader:  # fmt: skip
+def loader(
+    *sources: Any, weights: tuple[float, ...] | None = None, ranks: int = 1, rank: int = 0, micro: int | None = None,
+    order: str = "shuffled",
+) -> RowLoader:  # fmt: skip
     config = RunConfig(
         workers=ranks,
         model=ModelConfig(context_length=S),
@@ -94,7 +96,9 @@ def loader(*sources: Any, weights: tuple[float, ...] | None = None, ranks: int =
 
 def batches(loader: RowLoader, steps: range) -> list[bytes]:
     return [
-        b"".join(batch.tokens.numpy().tobytes() + batch.targets.numpy().tobytes() for batch in loader.micro_batches(step))
+        b"".join(
+            batch.tokens.numpy().tobytes() + batch.targets.numpy().tobytes() for batch in loader.micro_batches(step)
+        )
         for step in steps
     ]
 
@@ -221,7 +225,11 @@ def uninterrupted(hub: HubServer) -> dict[str, list[bytes]]:
 @pytest.mark.parametrize("stops", STOPS.values(), ids=STOPS.keys())
 @pytest.mark.parametrize("repository", ["own/parquet", "own/jsonl"])
 def test_an_interrupted_stream_gives_the_batches_of_the_uninterrupted(
-    hub: HubServer, uninterrupted: dict[str, list[bytes]], opened: list[RowLoader], repository: str, stops: tuple[int, ...]
+    hub: HubServer,
+    uninterrupted: dict[str, list[bytes]],
+    opened: list[RowLoader],
+    repository: str,
+    stops: tuple[int, ...],
 ) -> None:
     assert interrupted(lambda: (stream(repository),), stops, END, opened) == uninterrupted[repository]
 
@@ -324,7 +332,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """The libraries below wait seconds between their own attempts."""
     sleep = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.001)))
-    monkeypatch.setattr("trainers.data.hub_stream.FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr("trainers.data.hub.FIRST_WAIT_S", 0.001)
 
 
 @pytest.mark.parametrize("times", [1, 8])
@@ -354,7 +362,7 @@ def test_a_connection_that_stays_away_is_an_error_in_the_caller(
 
 
 def test_bad_sources_are_told_with_the_way_out(hub: HubServer, opened: list[RowLoader]) -> None:
-    with pytest.raises(DataError, match="does not give hf:own/unknown: RepositoryNotFoundError.*Check the name"):
+    with pytest.raises(DataError, match=r"does not give hf:own/unknown: RepositoryNotFoundError.*Check the name"):
         stream("own/unknown")
     with pytest.raises(DataError, match="write corpus as hf:OWNER/NAME"):
         open_stream(SourceConfig(corpus="text.txt"), Bytes(), DataConfig())  # type: ignore[arg-type]
@@ -377,7 +385,7 @@ def test_records_without_text_are_passed_over(hub: HubServer) -> None:
 
 
 def test_orders_that_a_stream_cannot_have_are_refused(hub: HubServer) -> None:
-    with pytest.raises(DataError, match="data.order=streams cuts a text of known length"):
+    with pytest.raises(DataError, match=r"data\.order=streams cuts a text of known length"):
         loader(stream(), order="streams")
     with pytest.raises(DataError, match="give every source of text-0, text-1 a weight"):
         loader(stream(), PACKED)

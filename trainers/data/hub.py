@@ -35,7 +35,6 @@ class HubText:
             revision: the commit to read, from `resolve_revision`
         """
         self.source, self.revision = source, revision
-        self._dataset: Any = None  # a datasets.IterableDataset; listing the repository costs several requests
 
     def documents(self, position: Position = None, stop: threading.Event | None = None) -> Iterator[Document]:
         """The documents behind `position` to the end of the split; ends early once `stop` is set.
@@ -48,10 +47,11 @@ class HubText:
             DataError: the dataset cannot be opened or read, or the connection stays away.
         """
         stop = stop or threading.Event()
-        failures = 0
+        failures, dataset = 0, None
         while not stop.is_set():
             try:
-                for document in self._read(position):
+                dataset = dataset or self._open()  # its own: a datasets.IterableDataset holds the state of one reader
+                for document in self._read(dataset, position):
                     position, failures = document.after, 0
                     yield document
                     if stop.is_set():
@@ -63,10 +63,8 @@ class HubText:
                     raise self._as_data_error(error, failures) from error
             stop.wait(min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (failures - 1)))
 
-    def _read(self, position: Position) -> Iterator[Document]:
-        if self._dataset is None:
-            self._dataset = self._open()
-        dataset, field = self._dataset, self.source.text_field
+    def _read(self, dataset: Any, position: Position) -> Iterator[Document]:
+        field = self.source.text_field
         dataset.load_state_dict(position)
         for example in dataset:
             text = example.get(field)
@@ -95,6 +93,15 @@ class HubText:
                 f"{failures} attempts: {reason}. Run the same command again when the network is back: it goes on."
             )
         return DataError(f"cannot read {where}: {reason}. Check corpus, subset, split and revision of this source.")
+
+
+def open_text(source: SourceConfig, revision: str | None = None) -> HubText:
+    """The text of hf:OWNER/NAME pinned to one commit: `revision`, or what `resolve_revision` says.
+
+    Raises:
+        DataError: the Hub does not know it or cannot be reached.
+    """
+    return HubText(source, revision or resolve_revision(source))
 
 
 def resolve_revision(source: SourceConfig) -> str:

@@ -1,0 +1,139 @@
+"""What runs inside the processes that tests/trainers/crash.py starts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import trainers.loop
+import trainers.run
+from trainers.config import ModelConfig, RunConfig
+from trainers.context import LocalContext
+from trainers.filesystem import Filesystem
+
+
+def play(config: dict[str, Any], run_dir: str, plan: Any) -> None:
+    """Train under `plan`; ends the process with 0, or by SIGKILL where the plan says so."""
+    torch.set_num_threads(1)
+    ctx = Scripted(Path(run_dir), plan)
+    sabotage(plan.sabotage)
+    if plan.kill_in_save is not None:
+        kill_writer(plan.kill_in_save)
+    build = NoisyMemory if plan.build == "noisy_memory" else trainers.loop.build_model
+    trainers.loop.train(RunConfig.model_validate(config), ctx, build=build)  # type: ignore[arg-type]
+    ctx.close()
+    sys.stdout.flush()
+
+
+class Scripted(LocalContext):
+    """A context that stops or kills its process when the loop asks whether to stop before a chosen update."""
+
+    def __init__(self, run_dir: Path, plan: Any):
+        super().__init__(run_dir)
+        self.plan = plan
+        self.run: trainers.run.Run | None = None
+
+    def should_stop(self) -> str | None:
+        step = current_step()
+        if step == self.plan.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "test" if step == self.plan.stop_at else None
+
+
+def current_step() -> int:
+    """The step of the run in this process."""
+    assert RUNS, "no run has started"
+    return RUNS[-1].progress.step
+
+
+RUNS: list[trainers.run.Run] = []
+_init = trainers.run.Run.__init__
+
+
+def _remember(self: trainers.run.Run, *args: Any, **kwargs: Any) -> None:
+    _init(self, *args, **kwargs)
+    RUNS.append(self)
+
+
+trainers.run.Run.__init__ = _remember  # type: ignore[method-assign]
+
+
+def kill_writer(operation: int) -> None:
+    """SIGKILL at the n-th operation that changes the disk."""
+    count = 0
+
+    def counted(name: str) -> Any:
+        original = getattr(Filesystem, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in ("write", "fsync", "rename", "mkdir", "fsync_dir"):
+        setattr(Filesystem, name, counted(name))
+
+
+def sabotage(piece: str | None) -> None:
+    """Withhold one piece of state from every restore."""
+    run = trainers.run
+    if piece == "rng":
+        run.restore_rng = lambda tensors: None
+    elif piece == "moments":
+        load = run.TorchEngine.load
+        run.TorchEngine.load = lambda self, files, state, *, optimizer: load(self, files, state, optimizer=False)  # type: ignore[method-assign]
+    elif piece == "cursor":
+        from trainers.data.loader import RowLoader
+
+        fetch = RowLoader.micro_batches
+        RowLoader.micro_batches = lambda self, step: fetch(self, max(0, step - 1))  # type: ignore[method-assign]
+    elif piece == "stream_state":
+        run._streams_from = lambda tensors, accumulation, device: [
+            {"memory": torch.zeros(2, 8)} for _ in range(accumulation)
+        ]
+    elif piece == "patience":
+        from_json = run.Progress.from_json
+        run.Progress.from_json = staticmethod(  # type: ignore[method-assign]
+            lambda data: from_json({**data, "best": None, "evaluations_without_improvement": 0})
+        )
+    else:
+        assert piece is None, piece
+
+
+class NoisyMemory(nn.Module):
+    """A small model with runtime state per stream and noise of its own from numpy's global generator.
+
+    h_t = tanh(E x_t + 0.9 h_{t-1}); logits = W (h_t + noise).
+    """
+
+    width = 8
+
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, self.width)
+        self.head = nn.Linear(self.width, vocab_size)
+
+    def initial_state(self, rows: int) -> dict[str, torch.Tensor]:
+        return {"memory": torch.zeros(rows, self.width)}
+
+    def forward(self, tokens: torch.Tensor, state: dict[str, torch.Tensor] | None = None) -> Any:
+        memory = (state or self.initial_state(len(tokens)))["memory"]
+        outputs = []
+        for inputs in self.embed(tokens).unbind(1):
+            memory = torch.tanh(inputs + 0.9 * memory)
+            outputs.append(memory)
+        hidden = torch.stack(outputs, 1)
+        if self.training:
+            hidden = hidden + torch.from_numpy(np.random.normal(0, 0.01, hidden.shape)).to(hidden.dtype)
+        return self.head(hidden), {"memory": memory}

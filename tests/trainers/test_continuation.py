@@ -1,0 +1,170 @@
+"""Exact continuation on the bare loop: wherever a run is stopped or killed, it ends with the same bits."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.trainers.crash import Ending, Plan, attempt, killed, merged
+from trainers.config import RunConfig
+from trainers.config_io import build_config
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some 600 characters: 17 rows of 32 in the training split, so that an epoch is 4 steps of 4 rows."""
+    rng = random.Random(0)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dogs"]
+    path = tmp_path_factory.mktemp("text") / "small.txt"
+    path.write_text(" ".join(rng.choice(words) for _ in range(170)))
+    return path
+
+
+def config_for(text: Path, **changes: object) -> RunConfig:
+    base: dict[str, object] = {
+        "model": {"d_model": 16, "n_layers": 1, "n_heads": 2, "context_length": 32, "dropout": 0.1},
+        "data": {"sources": [{"corpus": str(text)}]},
+        "batch": {"sequences": 4, "micro_sequences": 2},
+        "budget": {"steps": STEPS},
+        "optim": {"lr": 1e-2},
+        "schedule": {"kind": "cosine", "warmup_steps": 3},
+        "evaluation": {"every_steps": 5, "every_epochs": None},
+        "checkpoint": {"every_steps": 3, "keep_last_n": 2},
+        "logging": {"every_steps": 1},
+        "samples": {"count": 1, "prompt_tokens": 4, "new_tokens": 4},
+    }
+    return build_config({**base, **changes})
+
+
+@pytest.fixture(scope="module")
+def config(text: Path) -> RunConfig:
+    return config_for(text)
+
+
+@pytest.fixture(scope="module")
+def two_phases(text: Path) -> RunConfig:
+    half = {"budget": {"steps": 6}}
+    return config_for(
+        text,
+        budget=None,
+        phases=[
+            {"name": "first", **half},
+            {"name": "second", **half, "hand_over": "optimizer", "model": {"dropout": 0.0}},
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Ending:
+    return finished(attempt(config, tmp_path_factory.mktemp("whole") / "run"))
+
+
+def finished(ending: Ending) -> Ending:
+    assert (ending.exitcode, ending.state) == (0, "finished")
+    return ending
+
+
+def assert_same(ending: Ending, whole: Ending) -> None:
+    """The same bits in the checkpoint, and the same metrics, each once."""
+    assert ending.digest == whole.digest
+    assert merged(ending.rows) == merged(whole.rows)
+
+
+@pytest.mark.parametrize("step", range(STEPS))
+def test_stopping_is_invisible(config: RunConfig, whole: Ending, tmp_path: Path, step: int) -> None:
+    """At every step: the first, mid-epoch, on an epoch's border, right before and after a checkpoint."""
+    assert attempt(config, tmp_path / "run", Plan(stop_at=step)).state == "stopped"
+    assert_same(finished(attempt(config, tmp_path / "run")), whole)
+
+
+@pytest.mark.parametrize("step", range(0, STEPS, 2))
+def test_being_killed_is_invisible(config: RunConfig, whole: Ending, tmp_path: Path, step: int) -> None:
+    assert killed(attempt(config, tmp_path / "run", Plan(kill_at=step)))
+    assert_same(finished(attempt(config, tmp_path / "run")), whole)
+
+
+def test_being_killed_three_times_and_stopped_once_is_invisible(
+    config: RunConfig, whole: Ending, tmp_path: Path
+) -> None:
+    for plan in (Plan(kill_at=4), Plan(kill_at=4), Plan(stop_at=7), Plan(kill_at=10)):
+        attempt(config, tmp_path / "run", plan)
+    assert_same(finished(attempt(config, tmp_path / "run")), whole)
+
+
+@pytest.mark.parametrize("operation", [1, 2, 7, 12, 18, 25, 31, 40])
+def test_being_killed_during_a_save_is_invisible(
+    config: RunConfig, whole: Ending, tmp_path: Path, operation: int
+) -> None:
+    assert killed(attempt(config, tmp_path / "run", Plan(kill_in_save=operation)))
+    assert_same(finished(attempt(config, tmp_path / "run")), whole)
+
+
+@pytest.mark.parametrize("step", [5, 6, 7])
+def test_stopping_around_the_border_of_two_phases_is_invisible(
+    two_phases: RunConfig, tmp_path: Path, step: int
+) -> None:
+    whole = finished(attempt(two_phases, tmp_path / "whole"))
+    attempt(two_phases, tmp_path / "run", Plan(stop_at=step))
+    assert_same(finished(attempt(two_phases, tmp_path / "run")), whole)
+    assert {row["phase"] for row in whole.rows} == {"first", "second"}
+
+
+@pytest.mark.parametrize("plan", [Plan(stop_at=5), Plan(kill_at=8)])
+def test_a_stateful_model_goes_on_in_the_middle_of_its_streams(text: Path, tmp_path: Path, plan: Plan) -> None:
+    config = stateful(text)
+    whole = finished(attempt(config, tmp_path / "whole", Plan(build="noisy_memory")))
+    attempt(config, tmp_path / "run", Plan(plan.stop_at, plan.kill_at, build="noisy_memory"))
+    assert_same(finished(attempt(config, tmp_path / "run", Plan(build="noisy_memory"))), whole)
+
+
+def stateful(text: Path) -> RunConfig:
+    return config_for(
+        text,
+        data={"sources": [{"corpus": str(text)}], "order": "streams", "sequence_length": 8},
+        samples={"count": 0},
+    )
+
+
+@pytest.mark.parametrize("piece", ["moments", "cursor"])
+def test_withholding_a_piece_of_state_is_noticed(
+    config: RunConfig, whole: Ending, tmp_path: Path, piece: str
+) -> None:
+    """The negative control: without the piece, neither the bits nor the metrics agree."""
+    attempt(config, tmp_path / "run", Plan(kill_at=8))
+    crooked = finished(attempt(config, tmp_path / "run", Plan(sabotage=piece)))
+    assert crooked.digest != whole.digest
+    assert any("resume/diverged" in row for row in crooked.rows)
+
+
+@pytest.mark.parametrize("piece", ["rng", "stream_state"])
+def test_withholding_state_of_a_stateful_model_is_noticed(text: Path, tmp_path: Path, piece: str) -> None:
+    config = stateful(text)
+    whole = finished(attempt(config, tmp_path / "whole", Plan(build="noisy_memory")))
+    attempt(config, tmp_path / "run", Plan(stop_at=7, build="noisy_memory"))
+    crooked = finished(attempt(config, tmp_path / "run", Plan(sabotage=piece, build="noisy_memory")))
+    assert crooked.digest != whole.digest
+
+
+def test_early_stopping_counts_on_after_a_restart(text: Path, tmp_path: Path) -> None:
+    """A rate that only worsens the model: exactly `patience` evaluations after the best one, however interrupted."""
+    config = config_for(
+        text,
+        budget={"steps": 60},
+        optim={"lr": 3.0, "clip_norm": None},
+        evaluation={"every_steps": 2, "every_epochs": None},
+        early_stopping={"patience": 3},
+    )
+    whole = finished(attempt(config, tmp_path / "whole"))
+    evaluations = [row["step"] for row in whole.rows if "val/loss" in row]
+    losses = [row["val/loss"] for row in whole.rows if "val/loss" in row]
+    assert evaluations[-1] < 60
+    assert losses.index(min(losses)) == len(losses) - 1 - 3
+    attempt(config, tmp_path / "run", Plan(kill_at=evaluations[-1] - 1))
+    assert_same(finished(attempt(config, tmp_path / "run")), whole)
+    attempt(config, tmp_path / "crooked", Plan(stop_at=evaluations[-1] - 1))
+    crooked = finished(attempt(config, tmp_path / "crooked", Plan(sabotage="patience")))
+    assert max(row["step"] for row in crooked.rows) > evaluations[-1]
