@@ -46,7 +46,7 @@ class RunPlan:
     checkpoint_bytes: int
     """one checkpoint: weights and optimizer state"""
     scheduled_checkpoints: int
-    """written by checkpoint.every_steps and at the end of each phase; those by the clock and by a new best come besides"""
+    """by checkpoint.every_steps and at the end of each phase; those by the clock or for a new best come besides"""
     kept_checkpoints: int
     """on the disk when the run has ended, at most"""
     disk_bytes: int

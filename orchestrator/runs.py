@@ -327,3 +327,22 @@ def _text(value: object) -> str | None:
 def _brief(error: Exception) -> str:
     text = str(error).splitlines()
     return (text[0] if text else type(error).__name__)[:160]
+
+
+# ---- the folder itself ------------------------------------------------------------------------------
+
+
+def check_runs_dir(runs_dir: Path) -> None:
+    """Raises UserError where runs could not be written into `runs_dir`, which need not exist yet."""
+    folder = nearest_folder(runs_dir)
+    if not folder.is_dir():
+        raise UserError(f"--runs-dir {runs_dir}: {folder} is a file, not a folder. Choose another --runs-dir.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--runs-dir {runs_dir}: no permission to write in {folder}. Choose another --runs-dir.")
+
+
+def nearest_folder(path: Path) -> Path:
+    """The path itself, or the nearest parent that is there."""
+    while not os.path.lexists(path) and path != path.parent:
+        path = path.parent
+    return path

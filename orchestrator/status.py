@@ -46,7 +46,7 @@ class Status:
 
 
 def read_status(runs_dir: Path, name: str) -> Status:
-    """Everything one run's folder tells. Raises UserError where there is no such run; broken files are named instead."""
+    """Everything one run's folder tells. UserError where there is no such run; broken files are named."""
     folder = existing_run(runs_dir, name)
     run = summarize(runs_dir, folder)
     ignored: list[str] = []

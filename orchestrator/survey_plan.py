@@ -5,15 +5,23 @@ Starts no Ray, trains no tokenizer and writes nothing. Refuses what training wou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from orchestrator.plan import RunPlan
-from trainers.config import RunConfig
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.console import count, pairs, size
+from orchestrator.plan import BYTES_PER_VALUE, RunPlan, derive_plan, optimizer_values, steps_per_epoch
+from orchestrator.runs import check_runs_dir, nearest_folder
+from trainers.config import BudgetConfig, RunConfig, ScheduleConfig
 
 if TYPE_CHECKING:
-    from trainers.data.prepare import DataSurvey
+    from trainers.data.survey import DataSurvey, PhaseSurvey
 
 
 @dataclass(frozen=True)
@@ -21,7 +29,167 @@ class PlanReport:
     """Everything the plan shows."""
 
     config: RunConfig
-    plan: RunPlan
     survey: DataSurvey
+    parameters: int
+    plan: RunPlan | None
+    """None where a budget in epochs waits for the length of a dataset that is not downloaded yet"""
     device: str
-    runs_dir: Path
+    free_bytes: int
+
+    @property
+    def training_bytes(self) -> int:
+        """Weights, gradients and optimizer state of one worker, without activations."""
+        moments = max(optimizer_values(phase.optim) for phase in self.config.resolved_phases())
+        return self.parameters * BYTES_PER_VALUE * (2 + moments)
+
+
+def survey_plan(config: RunConfig, runs_dir: Path) -> PlanReport:
+    """The plan of a run, from a look at its data. Raises UserError for whatever training would refuse."""
+    check_runs_dir(runs_dir)
+    from orchestrator.experiment import init_hash
+    from trainers.data.prepare import survey
+    from trainers.devices import check_precision, resolve_device
+    from trainers.models import parameter_count
+
+    device = resolve_device(config.device)
+    check_precision(config.precision, device)
+    init_hash(config)
+    found = survey(config)
+    parameters = parameter_count(config.model, found.vocab_size)
+    lengths = [steps_per_epoch(config, phase.train_tokens) for phase in found.phases]
+    waits = any(length is None and _waits_for_download(config, index) for index, length in enumerate(lengths))
+    return PlanReport(
+        config=config,
+        survey=found,
+        parameters=parameters,
+        plan=None if waits else derive_plan(config, parameters=parameters, steps_per_epoch=lengths),
+        device=str(device),
+        free_bytes=shutil.disk_usage(nearest_folder(runs_dir)).free,
+    )
+
+
+def _waits_for_download(config: RunConfig, index: int) -> bool:
+    """Whether a phase counts epochs of a dataset that is read whole once it is there."""
+    phase = config.resolved_phases()[index]
+    return phase.budget.epochs is not None and not any(source.streaming for source in phase.data.sources)
+
+
+# ---- on the screen ----------------------------------------------------------------------------------------
+
+
+def plan_json(report: PlanReport) -> dict[str, Any]:
+    """The plan for programs."""
+    return {
+        "config": report.config.model_dump(mode="json"),
+        "device": report.device,
+        "vocab_size": report.survey.vocab_size,
+        "exact": report.survey.exact,
+        "parameters": report.parameters,
+        "plan": report.plan.to_json() if report.plan else None,
+        "data": [asdict(phase) for phase in report.survey.phases],
+        "training_bytes": report.training_bytes,
+        "free_bytes": report.free_bytes,
+        "notes": list(_notes(report)),
+    }
+
+
+def plan_tables(report: PlanReport) -> list[RenderableType]:
+    """What to print, part by part."""
+    parts: list[RenderableType] = [pairs(list(_model_rows(report))), Text()]
+    parts += [_phases_table(report), Text(), pairs(list(_saving_rows(report)))]
+    notes = list(_notes(report))
+    if notes:
+        parts += [Text(), *(Text(f"- {note}") for note in notes)]
+    return parts
+
+
+def _model_rows(report: PlanReport) -> Iterator[tuple[str, RenderableType]]:
+    config, model = report.config, report.config.model
+    yield "preset", config.preset
+    shape = f"{model.n_layers} layers of {model.d_model}, {model.n_heads} heads, context {count(model.context_length)}"
+    yield "model", f"{count(report.parameters)} parameters: {shape}"
+    parts = [model.norm, f"{model.norm_position}-norm", model.positions, model.activation, f"dropout {model.dropout:g}"]
+    yield "", ", ".join(parts)
+    yield "tokenizer", f"{config.tokenizer.kind}, {count(report.survey.vocab_size)} tokens of vocabulary"
+    for index, source in enumerate(dict.fromkeys(s for phase in report.survey.phases for s in phase.sources)):
+        stored = "size unknown" if source.size_bytes is None else size(source.size_bytes)
+        yield "text" if index == 0 else "", f"{source.corpus} ({stored})"
+    rows = f"{count(config.sequences_per_step)} rows of {count(config.sequence_length)} tokens"
+    cut = f"{count(config.micro_sequences)} rows at a time"
+    accumulated = f", {config.accumulation} micro-batches of {cut}" if config.accumulation > 1 else ""
+    yield "step", f"{rows} = {count(config.tokens_per_step)} tokens{accumulated}"
+    optim = config.optim
+    yield "optimizer", f"{optim.name}, lr {optim.lr:g}, {_schedule(config.schedule)}"
+    workers = f"{config.workers} worker{'s' if config.workers > 1 else ''}"
+    yield "compute", f"{workers} on {report.device}, {config.precision.compute}, seed {config.seed}"
+
+
+def _schedule(schedule: ScheduleConfig) -> str:
+    warmup = f" after {count(schedule.warmup_steps)} steps of warm-up" if schedule.warmup_steps else ""
+    return f"{schedule.kind}{warmup}"
+
+
+def _phases_table(report: PlanReport) -> Table:
+    about = "" if report.survey.exact else "~"
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("phase", no_wrap=True)
+    for heading in ("text tokens", "steps/epoch", "epochs", "steps", "tokens seen", "held out"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    specs = report.config.resolved_phases()
+    for index, (spec, text) in enumerate(zip(specs, report.survey.phases, strict=True)):
+        planned = report.plan.phases[index] if report.plan else None
+        table.add_row(
+            spec.name,
+            _known(text.total_train_tokens, about),
+            _known(planned.steps_per_epoch if planned else None, about),
+            "?" if planned is None or planned.epochs is None else f"{planned.epochs:.2f}",
+            _known(planned.steps, "" if spec.budget.steps else about) if planned else f"? ({_budget(spec.budget)})",
+            _known(planned.tokens, "" if spec.budget.epochs is None else about) if planned else "?",
+            _scored(text, report, about),
+        )
+    if report.plan and len(specs) > 1:
+        table.add_row("in all", "", "", "", count(report.plan.total_steps), count(report.plan.total_tokens), "")
+    return table
+
+
+def _scored(text: PhaseSurvey, report: PlanReport, about: str) -> str:
+    """Validation tokens that each evaluation scores."""
+    limit = report.config.evaluation.max_tokens
+    if text.held_out_tokens is None or limit is None or limit >= text.held_out_tokens:
+        return _known(text.held_out_tokens, about)
+    return count(limit)
+
+
+def _known(number: int | None, about: str) -> str:
+    return "?" if number is None else f"{about}{count(number)}"
+
+
+def _budget(budget: BudgetConfig) -> str:
+    return ", ".join(f"{value:g} {name}" for name, value in budget.model_dump().items() if value is not None)
+
+
+def _saving_rows(report: PlanReport) -> Iterator[tuple[str, RenderableType]]:
+    plan, saving = report.plan, report.config.checkpoint
+    when = ["at the end of each phase"]
+    when += [f"every {count(saving.every_steps)} steps"] if saving.every_steps else []
+    when += [f"every {saving.every_minutes:g} minutes"] if saving.every_minutes else []
+    when += ["at each new best evaluation"] if saving.save_best else []
+    if plan is not None:
+        yield "evaluations", count(sum(phase.evaluations for phase in plan.phases))
+        yield "checkpoints", f"{size(plan.checkpoint_bytes)} each, saved {', '.join(when)}"
+        kept = f"{plan.kept_checkpoints} kept at most: {size(plan.kept_checkpoints * plan.checkpoint_bytes)}"
+        yield "disk", f"{kept}; {size(plan.disk_bytes)} while one is written; {size(report.free_bytes)} free"
+    state = f"{size(report.training_bytes)} for weights, gradients and optimizer in each worker"
+    snapshot = f", {size(plan.snapshot_bytes)} for saving in the background" if plan else ""
+    yield "memory", f"{state}{snapshot}; activations come on top"
+
+
+def _notes(report: PlanReport) -> Iterator[str]:
+    yield from report.survey.notes
+    if report.plan is None:
+        yield "the steps follow from the length of the Hub dataset, which is known once training has downloaded it."
+    elif report.plan.disk_bytes > report.free_bytes:
+        yield f"the disk has {size(report.free_bytes)} free, less than the {size(report.plan.disk_bytes)} of checkpoints."
+    if report.config.early_stopping.patience:
+        rule = report.config.early_stopping
+        yield f"early stopping may end a phase before: after {rule.patience} evaluations without a better {rule.metric}."

@@ -8,10 +8,8 @@ checkpoints deleted. At every instant some directory verifies: the old one, or t
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -27,7 +25,6 @@ from trainers.config import NAME_PATTERN
 from trainers.errors import CheckpointError, TrainingFailed
 from trainers.filesystem import Filesystem, remove_tree, write_file
 from trainers.manifest import (
-    MANIFEST,
     STATE,
     SUFFIX,
     Checkpoint,
@@ -41,16 +38,12 @@ from trainers.manifest import (
     sound_checkpoints,
     step_name,
 )
-from trainers.safetensors_io import file_size, write_safetensors
 from trainers.snapshot import SnapshotBuffer
+from trainers.staging import SaveFailed, Staging, predicted_bytes, temporaries, temporary_name
 
-__all__ = ["Checkpoint", "CheckpointStore", "SaveReport"]
+__all__ = ["Checkpoint", "CheckpointStore", "SaveFailed", "SaveReport"]
 
-HEADROOM = 1.2  # of the predicted bytes must be free before a save begins
 RANK_TIMEOUT_S = 120.0
-POLL_S = 0.01
-
-_TEMPORARY = re.compile(r"\.tmp-.+-(\d+)\.(\d+)(?:\.(\d+))?")  # .tmp-WHAT-GENERATION.ATTEMPT[.SAVE]
 
 log = logging.getLogger(__name__)
 Files = Mapping[str, Mapping[str, torch.Tensor]]
@@ -73,23 +66,20 @@ class _Snapshot:
     """One save, as it was when `save` was called."""
 
     step: int
+    stems: tuple[str, ...]
     tensors: dict[tuple[str, str], torch.Tensor]
     meta: bytes
     best: bool
-    staging: Path
+    staging: Staging
     called: float
     stall_s: float
 
-    def files(self) -> dict[str, dict[str, torch.Tensor]]:
-        """File name -> tensor name -> tensor."""
-        files: dict[str, dict[str, torch.Tensor]] = {}
+    def payload(self) -> dict[str, dict[str, torch.Tensor]]:
+        """File name -> tensor name -> tensor; a stem may hold nothing (plain SGD has no moments)."""
+        files: dict[str, dict[str, torch.Tensor]] = {f"{stem}{SUFFIX}": {} for stem in self.stems}
         for (stem, name), tensor in self.tensors.items():
-            files.setdefault(f"{stem}{SUFFIX}", {})[name] = tensor
+            files[f"{stem}{SUFFIX}"][name] = tensor
         return files
-
-
-class SaveFailed(Exception):
-    """A checkpoint that could not be written for a reason outside the program."""
 
 
 class CheckpointStore:
@@ -161,13 +151,14 @@ class CheckpointStore:
             assert NAME_PATTERN.fullmatch(stem), f"{stem!r} is no file name"
         assert self._guard is not None, "this store only reads"
         self._saves += 1
-        staging = self.directory / f".tmp-{step_name(step)}-{self._ours}.{self._saves}"
+        path = self.directory / temporary_name(step_name(step), self._owner, self._saves)
+        staging = Staging(path, self._fs, rank=self._rank, world_size=self._world_size)
         # Nothing is copied for a step that has just been committed: only the pointer may have to move.
         tensors = {} if step == self._committed else self._buffer.copy(_flat(files))
         text = render_meta(meta) if self._rank == 0 else b""
-        snapshot = _Snapshot(
-            step, tensors, text, best and self._save_best, staging, called, time.perf_counter() - called
-        )
+        stall_s = time.perf_counter() - called
+        is_best = best and self._save_best
+        snapshot = _Snapshot(step, tuple(files), tensors, text, is_best, staging, called, stall_s)
         self._thread = threading.Thread(target=self._run, args=(snapshot,), name=f"save {step_name(step)}")
         self._thread.start()
         if wait:
@@ -224,8 +215,8 @@ class CheckpointStore:
         """Remove what earlier attempts left half-made; foreign files and our own stay."""
         assert self._guard is not None, "this store only reads"
         self._guard.check()
-        for path, owner, _ in self._temporaries():
-            if owner < (self._guard.generation, self._guard.attempt):
+        for path, owner, _ in temporaries(self.directory):
+            if owner < self._owner:
                 remove_tree(self._fs, path)
 
     # ---- writing, in the background -----------------------------------------------------------------------
@@ -233,43 +224,41 @@ class CheckpointStore:
     def _run(self, snapshot: _Snapshot) -> None:
         """One save from snapshot to rotation; nothing escapes, everything is kept for the next call."""
         try:
-            try:
-                self._write_and_commit(snapshot)
-                self.last_error = None
-            except OSError as error:
-                raise SaveFailed(self._explain(snapshot, error.strerror or str(error))) from error
-        except SaveFailed as error:
-            self._give_up(snapshot)
-            self.last_error = error
-            if self._stop_on_failure:
-                self._raise_next = TrainingFailed(f"{error} (checkpoint.on_disk_full is stop.)")
-            else:
-                self._warn(f"{error} Training goes on.")
-        except BaseException as error:  # noqa: BLE001  carried to the training's thread, which raises it
-            self._give_up(snapshot)
+            self._write_and_commit(snapshot)
+            self.last_error = None
+        except (OSError, SaveFailed) as error:
+            snapshot.staging.abandon(snapshot.payload())
+            self._note_failure(self._explain(snapshot, error))
+        except BaseException as error:  # carried to the training's thread, which raises it
+            snapshot.staging.abandon(snapshot.payload())
             self._raise_next = error
+
+    def _note_failure(self, failure: SaveFailed) -> None:
+        self.last_error = failure
+        if self._stop_on_failure:
+            self._raise_next = TrainingFailed(f"{failure} (checkpoint.on_disk_full is stop.)")
+        else:
+            self._warn(f"{failure} Training goes on.")
 
     def _write_and_commit(self, snapshot: _Snapshot) -> None:
         assert self._guard is not None
         self._guard.check()
+        staging = snapshot.staging
         if self._rank > 0:
-            self._write_share(snapshot)
+            staging.leave_note(staging.write_payload(snapshot.payload()))
             return
         self._remove_own_staging(before_save=self._saves)
         if self._stands(snapshot.step):
-            if snapshot.best:
-                self._point("best", snapshot.step)
-                self._fs.fsync_dir(self.directory)
+            self._move_pointers(snapshot, ("best",) if snapshot.best else ())
             return
-        files = self._write_payload(snapshot)
-        files |= self._shares_of_others(snapshot)
-        self._write_manifest(snapshot, files)
+        files = staging.write_payload(snapshot.payload())
+        files |= staging.collect_notes(self._rank_timeout_s, self._guard.check)
+        files[STATE] = FileEntry.of(snapshot.meta)
+        manifest = Manifest(snapshot.step, *self._owner, self._world_size, snapshot.best, files)
+        staging.write_manifest(manifest, snapshot.meta)
         self._before_commit()
         self._publish(snapshot)
-        self._point("latest", snapshot.step)
-        if snapshot.best:
-            self._point("best", snapshot.step)
-        self._fs.fsync_dir(self.directory)
+        self._move_pointers(snapshot, ("latest", "best") if snapshot.best else ("latest",))
         size = sum(entry.size for entry in files.values())
         self.last_save = SaveReport(snapshot.step, size, snapshot.stall_s, time.perf_counter() - snapshot.called)
         self._rotate(snapshot.step)
@@ -286,28 +275,6 @@ class CheckpointStore:
             return False
         return True
 
-    def _write_payload(self, snapshot: _Snapshot) -> dict[str, FileEntry]:
-        """This rank's files, durable; what the manifest will say of them."""
-        if not self.directory.is_dir():
-            self._fs.mkdir(self.directory)
-            self._fs.fsync_dir(self.directory.parent)
-        needed = sum(file_size(tensors) for tensors in snapshot.files().values()) + len(snapshot.meta)
-        if self._fs.free_space(self.directory) < needed * HEADROOM:
-            raise SaveFailed(self._explain(snapshot, "no space left on device"))
-        self._fs.mkdir(snapshot.staging)
-        return {
-            name: FileEntry(*write_safetensors(self._fs, snapshot.staging / name, tensors))
-            for name, tensors in snapshot.files().items()
-        }
-
-    def _write_manifest(self, snapshot: _Snapshot, files: dict[str, FileEntry]) -> None:
-        """state.json, then manifest.json; after this the staging directory is whole and durable."""
-        write_file(self._fs, snapshot.staging / STATE, snapshot.meta)
-        files[STATE] = FileEntry.of(snapshot.meta)
-        manifest = Manifest(snapshot.step, *self._owner, self._world_size, snapshot.best, files)
-        write_file(self._fs, snapshot.staging / MANIFEST, manifest.render())
-        self._fs.fsync_dir(snapshot.staging)
-
     def _publish(self, snapshot: _Snapshot) -> None:
         """Give the staging directory its name, if the run is still ours; then make the name durable."""
         assert self._guard is not None
@@ -315,17 +282,20 @@ class CheckpointStore:
         with self._guard.held():
             if os.path.lexists(final):  # damaged, as `_stands` found
                 self._fs.rename(final, self._aside(snapshot.step))
-            self._fs.rename(snapshot.staging, final)
+            self._fs.rename(snapshot.staging.path, final)
         self._fs.fsync_dir(self.directory)
         self._committed = snapshot.step
         self._damaged.discard(snapshot.step)
 
-    def _point(self, name: str, step: int) -> None:
+    def _move_pointers(self, snapshot: _Snapshot, names: tuple[str, ...]) -> None:
         assert self._guard is not None
-        temporary = self.directory / f".tmp-{name}-{self._ours}"
-        write_file(self._fs, temporary, f"{step_name(step)}\n".encode())
-        with self._guard.held():
-            self._fs.rename(temporary, self.directory / name)
+        for name in names:
+            temporary = self.directory / temporary_name(name, self._owner)
+            write_file(self._fs, temporary, f"{step_name(snapshot.step)}\n".encode())
+            with self._guard.held():
+                self._fs.rename(temporary, self.directory / name)
+        if names:
+            self._fs.fsync_dir(self.directory)
 
     def _rotate(self, committed: int) -> None:
         """Delete what need not be kept. A failure here is no failed save."""
@@ -335,7 +305,7 @@ class CheckpointStore:
                 aside = self._aside(step)
                 with self._guard.held():  # one rename, so no half-deleted checkpoint ever bears its name
                     self._fs.rename(self.directory / step_name(step), aside)
-            for path, owner, _ in self._temporaries():
+            for path, owner, _ in temporaries(self.directory):
                 if path.name.startswith(".tmp-old-") and owner <= self._owner:
                     remove_tree(self._fs, path)
         except OSError as error:
@@ -351,96 +321,34 @@ class CheckpointStore:
             keep |= {found.step} if found else set()
         return [step for step in steps if step < committed and step not in keep]
 
-    # ---- several ranks, without a collective --------------------------------------------------------------
-
-    def _write_share(self, snapshot: _Snapshot) -> None:
-        """A rank above 0: its files, then the note that rank 0 waits for."""
-        files = self._write_payload(snapshot)
-        self._leave_note(snapshot, {name: [entry.size, entry.sha256] for name, entry in files.items()})
-
-    def _leave_note(self, snapshot: _Snapshot, content: object) -> None:
-        note = snapshot.staging / _note_name(self._rank)
-        temporary = note.with_suffix(".tmp")
-        write_file(self._fs, temporary, json.dumps(content).encode())
-        self._fs.rename(temporary, note)
-
-    def _shares_of_others(self, snapshot: _Snapshot) -> dict[str, FileEntry]:
-        """Rank 0: what the other ranks wrote, once they all have. Raises SaveFailed where one gives up or is silent."""
-        deadline = time.monotonic() + self._rank_timeout_s
-        files: dict[str, FileEntry] = {}
-        for rank in range(1, self._world_size):
-            note = snapshot.staging / _note_name(rank)
-            content = json.loads(self._await(note, deadline, snapshot, rank))
-            if content is None:
-                raise SaveFailed(self._explain(snapshot, f"rank {rank} could not write its part"))
-            files |= {name: FileEntry(*entry) for name, entry in content.items()}
-            self._fs.unlink(note)
-        return files
-
-    def _await(self, note: Path, deadline: float, snapshot: _Snapshot, rank: int) -> bytes:
-        assert self._guard is not None
-        while True:
-            with suppress(FileNotFoundError):
-                return note.read_bytes()
-            if time.monotonic() > deadline or not threading.main_thread().is_alive():
-                raise SaveFailed(self._explain(snapshot, f"rank {rank} did not write its part in time"))
-            self._guard.check()
-            time.sleep(POLL_S)
-
-    # ---- giving up and tidying up ---------------------------------------------------------------------------
-
-    def _give_up(self, snapshot: _Snapshot) -> None:
-        """Remove what was begun, as far as the disk still allows."""
-        with suppress(OSError):
-            if self._rank == 0:
-                remove_tree(self._fs, snapshot.staging)
-                return
-            for name in snapshot.files():
-                remove_tree(self._fs, snapshot.staging / name)  # makes room for the note
-            self._leave_note(snapshot, None)
-
     def _remove_own_staging(self, before_save: int) -> None:
         """What ranks wrote for saves that were given up or not needed."""
-        for path, owner, save in self._temporaries():
+        for path, owner, save in temporaries(self.directory):
             if owner == self._owner and save is not None and save < before_save:
                 with suppress(OSError):  # a late rank may be writing there still: next time, then
                     remove_tree(self._fs, path)
-
-    def _temporaries(self) -> list[tuple[Path, tuple[int, int], int | None]]:
-        """Our kind of temporary names here: path, (generation, attempt), number of the save."""
-        found = []
-        for name in sorted(os.listdir(self.directory)) if self.directory.is_dir() else ():
-            if match := _TEMPORARY.fullmatch(name):
-                save = int(match[3]) if match[3] else None
-                found.append((self.directory / name, (int(match[1]), int(match[2])), save))
-        return found
 
     @property
     def _owner(self) -> tuple[int, int]:
         assert self._guard is not None
         return self._guard.generation, self._guard.attempt
 
-    @property
-    def _ours(self) -> str:
-        return "{}.{}".format(*self._owner)
-
     def _aside(self, step: int) -> Path:
-        return self.directory / f".tmp-old-{step_name(step)}-{self._ours}.{self._saves}"
+        return self.directory / temporary_name(f"old-{step_name(step)}", self._owner, self._saves)
 
-    def _explain(self, snapshot: _Snapshot, reason: str) -> str:
-        needed = sum(file_size(tensors) for tensors in snapshot.files().values()) + len(snapshot.meta)
+    def _explain(self, snapshot: _Snapshot, error: OSError | SaveFailed) -> SaveFailed:
+        """The failure in full: what, why, bytes needed and free, and what one still has."""
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        needed = predicted_bytes(snapshot.payload()) + len(snapshot.meta)
         with suppress(OSError):
-            reason += (
-                f"; it needs {needed:,} bytes and {self._fs.free_space(self.directory):,} are free in {self.directory}"
-            )
+            free = self._fs.free_space(self.directory)
+            reason += f"; it needs {needed:,} bytes and {free:,} are free in {self.directory}"
         good = newest(self.directory, verify=False, warn=lambda text: None)
         stands = f"{good.path.name} stands." if good else "There is no earlier one."
-        return f"checkpoint {step_name(snapshot.step)} was not saved: {reason}. {stands}"
+        failure = SaveFailed(f"checkpoint {step_name(snapshot.step)} was not saved: {reason}. {stands}")
+        failure.__cause__ = error
+        return failure
 
 
 def _flat(files: Files) -> dict[tuple[str, str], torch.Tensor]:
     return {(stem, name): tensor for stem, tensors in files.items() for name, tensor in tensors.items()}
-
-
-def _note_name(rank: int) -> str:
-    return f"note-{rank:05d}.json"

@@ -10,13 +10,11 @@ claim stands, no older writer can do anything.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,13 +22,13 @@ from pathlib import Path
 from types import TracebackType
 
 from trainers.errors import Superseded, UserError
+from trainers.locks import POLL_S, Lock
 from trainers.process import Process
 
 CLAIM = "claim"
 WRITE_LOCK = ".write-lock"
 GENERATION = ".generation"  # the last generation given out, should the claim file itself be torn by a power cut
 RECORD_BYTES = 512  # one disk sector, rewritten in place: the lock is on the file, so the file cannot be replaced
-POLL_S = 0.02
 QUIET_S = 0.1  # a wait shorter than this is not worth a sentence
 GRACE_S = 0.25  # a process that still looks alive after this is not being killed right now
 
@@ -65,7 +63,7 @@ def holder(run_dir: Path) -> Holder | None:
 class Claim:
     """The right to write into a run, for the life of this process or until `release`."""
 
-    def __init__(self, run_dir: Path, lock: _Lock, write_lock: _Lock, record: Holder):
+    def __init__(self, run_dir: Path, lock: Lock, write_lock: Lock, record: Holder):
         self.run_dir = run_dir
         self._lock = lock
         self._write_lock = write_lock
@@ -91,7 +89,7 @@ class Claim:
         run_dir.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + wait_s
         lock = _lock_claim(run_dir, deadline, wait_s, say)
-        write_lock = _Lock(run_dir / WRITE_LOCK)
+        write_lock = Lock(run_dir / WRITE_LOCK)
         try:
             if not write_lock.take_before(deadline):
                 raise UserError(
@@ -140,7 +138,7 @@ class Claim:
 class Guard:
     """A worker's proof that it belongs to the present claim and attempt."""
 
-    def __init__(self, run_dir: Path, lock: _Lock, record: Holder):
+    def __init__(self, run_dir: Path, lock: Lock, record: Holder):
         self.generation = record.generation
         self.attempt = record.attempt
         self._path = run_dir / CLAIM
@@ -155,7 +153,7 @@ class Guard:
 
         Raises Superseded when the run's generation is another.
         """
-        lock = _Lock(run_dir / WRITE_LOCK)
+        lock = Lock(run_dir / WRITE_LOCK)
         lock.take()
         try:
             record = _require(run_dir, generation)
@@ -170,7 +168,7 @@ class Guard:
     @classmethod
     def join(cls, run_dir: Path, generation: int, attempt: int) -> Guard:
         """The guard of another worker of that group. Raises Superseded when the run has gone on without it."""
-        lock = _Lock(run_dir / WRITE_LOCK)
+        lock = Lock(run_dir / WRITE_LOCK)
         lock.take()
         try:
             record = _require(run_dir, generation)
@@ -215,73 +213,16 @@ class Guard:
             )
 
 
-# ---- locks ---------------------------------------------------------------------------------------------
-
-_locks: weakref.WeakSet[_Lock] = weakref.WeakSet()
+# ---- taking the claim's lock --------------------------------------------------------------------------
 
 
-class _Lock:
-    """An flock on a file of the run. Programs started from here do not inherit it, nor do forked children keep it."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        _locks.add(self)
-
-    @property
-    def closed(self) -> bool:
-        return self._descriptor < 0
-
-    def take(self) -> None:
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-
-    def take_now(self) -> bool:
-        """Whether it was free."""
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def take_before(self, deadline: float) -> bool:
-        while not self.take_now():
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(POLL_S)
-        return True
-
-    def let_go(self) -> None:
-        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-
-    def close(self) -> None:
-        """Gives the lock up too, unless another process shares the descriptor."""
-        if not self.closed:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def is_of_path(self) -> bool:
-        """Whether the locked file is still the one that bears the name."""
-        try:
-            return os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
-        except FileNotFoundError:
-            return False
-
-
-def _close_locks_in_child() -> None:
-    for lock in list(_locks):
-        lock.close()
-
-
-os.register_at_fork(after_in_child=_close_locks_in_child)
-
-
-def _lock_claim(run_dir: Path, deadline: float, wait_s: float, say: Callable[[str], object]) -> _Lock:
+def _lock_claim(run_dir: Path, deadline: float, wait_s: float, say: Callable[[str], object]) -> Lock:
     """The lock on the claim file, once its holder is gone."""
     started = time.monotonic()
     seen_alive: tuple[Holder, float] | None = None
     said = False
     while True:
-        lock = _Lock(run_dir / CLAIM)
+        lock = Lock(run_dir / CLAIM)
         if lock.take_now() and lock.is_of_path():
             return lock
         lock.close()
@@ -295,9 +236,8 @@ def _lock_claim(run_dir: Path, deadline: float, wait_s: float, say: Callable[[st
         else:
             seen_alive = None
             if not said and now - started >= QUIET_S:
-                say(
-                    f"{run_dir.name} is still locked by {found or 'a process that is ending'}; waiting up to {wait_s:g} s for it."
-                )
+                who = found or "a process that is ending"
+                say(f"{run_dir.name} is still locked by {who}; waiting up to {wait_s:g} s for it.")
                 said = True
             if now >= deadline:
                 raise UserError(

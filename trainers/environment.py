@@ -50,7 +50,8 @@ def environment(device: torch.device | str, world_size: int, compile: bool) -> d
 def explain_difference(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """A sentence for each difference that may change the bits; empty where the run can go on exactly."""
     return [
-        f"{key} was {then.get(key, 'absent')} and is now {now.get(key, 'absent')}: {reason}, so the run may not go on bit for bit."
+        f"{key} was {then.get(key, 'absent')} and is now {now.get(key, 'absent')}: {reason}, "
+        f"so the run may not go on bit for bit."
         for key, reason in REASONS.items()
         if then.get(key) != now.get(key)
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from os.path import commonprefix
 
 import torch
 from torch import Tensor, nn
@@ -151,7 +150,7 @@ class _Detokenizer:
     def _text(self) -> str:
         before = self._tokenizer.decode(self._context)
         both = self._tokenizer.decode([*self._context, *self._new])
-        return both[len(commonprefix([before, both])) :]
+        return both[len(before) :]
 
 
 def find_stop(text: str, stop: Sequence[str]) -> int | None:

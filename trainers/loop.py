@@ -61,15 +61,15 @@ def run_phase(run: Run, phase: ActivePhase) -> str | None:
         loss = forward_backward(run, phase, batches, targets)
         update = run.engine.update(phase.lr(progress.phase_step))
         progress.advance(targets)
-        run.watch(update)
 
         last = progress.phase_step == phase.steps
         evaluates = last or phase.evaluates_after(progress.phase_step)
-        if evaluates or progress.step % config.logging.every_steps == 0:
+        logs = evaluates or progress.step % config.logging.every_steps == 0
+        run.watch(update, logging=logs)
+        if logs:
             run.log_step(phase, loss, targets, update)
         best = run.evaluate(phase) if evaluates else False
-        every = config.checkpoint.every_steps
-        if best or last or progress.phase_over or (every and progress.step % every == 0):
+        if best or last or progress.phase_over or phase.saves_after(progress.phase_step, progress.step):
             run.save(phase, best=best)
     return None
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trainers.budget import evaluation_interval, phase_steps
-from trainers.config import Phase, RunConfig
+from trainers.config import CheckpointConfig, Phase, RunConfig, epochs_to_steps
 from trainers.data.loader import build_loader
 from trainers.data.types import Loader, PhaseData
-from trainers.optim import lr_at
+from trainers.schedules import lr_at
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class ActivePhase:
     """optimizer updates this phase makes"""
     evaluation_interval: int | None
     """updates between evaluations; None: only at the end"""
+    checkpoint: CheckpointConfig
 
     @property
     def name(self) -> str:
@@ -43,6 +44,15 @@ class ActivePhase:
         interval = self.evaluation_interval
         return interval is not None and phase_steps_done % interval == 0
 
+    def saves_after(self, phase_steps_done: int, steps_done: int) -> bool:
+        """Whether a checkpoint is due by the configured steps of the run or epochs of the phase."""
+        every, epochs, length = self.checkpoint.every_steps, self.checkpoint.every_epochs, self.loader.steps_per_epoch
+        by_steps = every is not None and steps_done % every == 0
+        by_epochs = (
+            epochs is not None and length is not None and phase_steps_done % epochs_to_steps(epochs, length) == 0
+        )
+        return by_steps or by_epochs
+
 
 def open_phase(config: RunConfig, spec: Phase, data: PhaseData, rank: int, world_size: int) -> ActivePhase:
     """The phase with its loader at step 0."""
@@ -51,4 +61,4 @@ def open_phase(config: RunConfig, spec: Phase, data: PhaseData, rank: int, world
         spec.budget, tokens_per_step=config.tokens_per_step, steps_per_epoch=loader.steps_per_epoch
     )
     interval = evaluation_interval(config.evaluation, loader.steps_per_epoch)
-    return ActivePhase(spec, data, loader, steps, interval)
+    return ActivePhase(spec, data, loader, steps, interval, config.checkpoint)

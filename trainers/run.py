@@ -35,6 +35,8 @@ from trainers.seeds import restore_rng, rng_tensors, seed_everything, stream_see
 
 State = dict[str, torch.Tensor]
 
+EVALUATION_ROWS = 16  # windows scored at a time; part of the result of stateful models, so alike for any world size
+
 
 class Run:
     """Built in one fixed order: device, seeds, data, model, engine, files."""
@@ -55,7 +57,7 @@ class Run:
         torch.manual_seed(stream_seed(config.seed, "model"))
         vocab_size = config.model.vocab_size or self.data.tokenizer.vocab_size
         self.model = build(config.model, vocab_size)
-        self.objective = build_objective(config)
+        self.objective = build_objective(config, self.phases[0])
         self.engine = TorchEngine(
             self.model.to(self.device),
             optim=self.phases[0].optim,
@@ -141,6 +143,7 @@ class Run:
         spec = self.phases[self.progress.phase]
         phase = open_phase(self.config, spec, self.data.phases[spec.index], self.rank, self.ctx.world_size)
         apply_switches(self.model, spec.model)
+        self.objective = build_objective(self.config, spec)
         resumed, self._resumed_in_phase = self._resumed_in_phase, None
         if resumed is not None:
             loader_state = resumed.meta["loader"]
@@ -176,15 +179,19 @@ class Run:
             reason = self.peers.from_first(reason) or reason or "stopped by another worker"
         return int(total), reason, bool(saves)
 
-    def watch(self, update: Update) -> None:
-        """Apply the non-finite policy to what the update met; raises TrainingFailed under `raise` and `stop`."""
-        if not self.engine.should_check(update):
+    def watch(self, update: Update, *, logging: bool) -> None:
+        """Apply the non-finite policy to what the update met; raises TrainingFailed under `raise` and `stop`.
+
+        On an accelerator the counters are read on logging steps only; the weights are untouched until then.
+        """
+        if not self.engine.should_check(update, logging=logging):
             return
         policy = self.phases[self.progress.phase].optim
         run_of_them = self.engine.consecutive_nonfinite()
         if run_of_them == 0:
             return
-        what = f"the loss or a gradient was not finite at step {self.progress.step}"
+        when = "at" if self.engine.device.type == "cpu" else "at or before"
+        what = f"the loss or a gradient was not finite {when} step {self.progress.step}"
         self.ctx.note(f"{what} (policy {policy.on_nonfinite}); the update was left out")
         if policy.on_nonfinite == "raise":
             raise TrainingFailed(f"{what}. Lower optim.lr or set optim.on_nonfinite=skip.")
@@ -218,7 +225,7 @@ class Run:
             self.engine.module,
             phase.data.validation,
             sequence_length=self.config.sequence_length,
-            rows=max(self.config.micro_sequences, 16),
+            rows=EVALUATION_ROWS,
             device=self.device,
             precision=self.config.precision,
             max_tokens=self.config.evaluation.max_tokens,

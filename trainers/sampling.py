@@ -40,7 +40,7 @@ class GenerateConfig:
             )
         if not 0 < self.repetition_penalty < math.inf:
             raise UserError(f"repetition_penalty must be above 0 (1 is off), not {self.repetition_penalty}.")
-        if isinstance(self.stop, str) or not all(self.stop):
+        if not isinstance(self.stop, tuple) or not all(self.stop):
             raise UserError(f"stop must be a tuple of texts, none of them empty; got {self.stop!r}.")
 
 

@@ -53,8 +53,8 @@ def train(
     flags = Flags(tuple(data or ()), text_field, workers, precision, seed, device, init_from)
     if dry_run:
         return _plan(settings, flags, runs_dir, json, name)
-    from orchestrator.experiment import Request
-    from orchestrator.runs import run_folder
+    from orchestrator.experiment import Request, confined
+    from orchestrator.runs import check_runs_dir
 
     target = _resolve(settings, flags, runs_dir)
     extending = target.kind == "run" and name in (None, target.label)
@@ -68,7 +68,8 @@ def train(
         extending=extending,
     )
     if request.name is not None:
-        run_folder(request.runs_dir, request.name)
+        confined(request.runs_dir, request.name)
+    check_runs_dir(request.runs_dir)
     _say_notes(target)
     from orchestrator.launch import train as launch
 
@@ -170,12 +171,12 @@ def _resolve(settings: list[str] | None, flags: Flags, runs_dir: Path) -> Target
 
 def _plan(settings: list[str] | None, flags: Flags, runs_dir: Path, json: bool, name: str | None) -> int:
     from orchestrator.console import out, print_json
-    from orchestrator.runs import run_folder
+    from orchestrator.experiment import confined
     from orchestrator.survey_plan import plan_json, plan_tables, survey_plan
 
     target = _resolve(settings, flags, runs_dir)
     if name is not None:
-        run_folder(runs_dir.absolute(), name)
+        confined(runs_dir.absolute(), name)
     report = survey_plan(target.config, runs_dir.absolute())
     if json:
         print_json(plan_json(report))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trainers.config import OptimConfig, PrecisionConfig
 from trainers.data.types import Batch
-from trainers.engine import TorchEngine
+from trainers.engine import TorchEngine, Update
 from trainers.errors import CheckpointError, ConfigError, TrainingFailed
 from trainers.incidents import DeviceIncidents
 from trainers.objectives.language_model import LanguageModel
@@ -57,14 +57,19 @@ def batch(step: int) -> Batch:
     return Batch(rows[:, :-1], rows[:, 1:], 24)
 
 
-def run_step(engine: TorchEngine, step: int, *, factor: float = 1.0, offset: float = 0.0) -> Tensor:
-    """One update of one micro-batch, its loss times `factor` plus `offset`; the loss."""
+def run_step(engine: TorchEngine, step: int, *, factor: float = 1.0, offset: float = 0.0) -> Update:
+    """One update of one micro-batch, its loss times `factor` plus `offset`."""
+    return run_step_with_loss(engine, step, factor, offset)[1]
+
+
+def run_step_with_loss(
+    engine: TorchEngine, step: int, factor: float = 1.0, offset: float = 0.0
+) -> tuple[Tensor, Update]:
     data = batch(step)
     with engine.micro_batch(last=True) as model:
         loss = engine.normalise(LanguageModel().loss(model, data, None).total, data.n_targets) * factor + offset
         engine.backward(loss)
-    engine.last = engine.update(1e-2)  # type: ignore[attr-defined]
-    return loss.detach()
+    return loss.detach(), engine.update(1e-2)
 
 
 def everything(engine: TorchEngine) -> dict[str, Tensor]:
@@ -94,7 +99,7 @@ def test_losses_and_weights_have_the_bits_of_a_plain_loop() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        assert torch.equal(run_step(engine, step), loss.detach())
+        assert torch.equal(run_step_with_loss(engine, step)[0], loss.detach())
     assert all(torch.equal(a, b) for a, b in zip(engine.module.parameters(), model.parameters(), strict=True))
 
 
@@ -103,9 +108,8 @@ def test_the_norm_is_taken_before_clipping_and_the_gradient_is_clipped() -> None
     for limit in (None, 1e-3):
         engine = build(name="sgd", momentum=0.0, weight_decay=0.0, clip_norm=limit)
         before = torch.cat([p.detach().flatten() for p in engine.module.parameters()])
-        run_step(engine, 0)
+        norms.append(float(run_step(engine, 0).grad_norm))
         after = torch.cat([p.detach().flatten() for p in engine.module.parameters()])
-        norms.append(float(engine.last.grad_norm))  # type: ignore[attr-defined]
         moved = float((after - before).norm()) / 1e-2
         assert moved == pytest.approx(limit or norms[0], rel=1e-3)
     assert norms[0] == norms[1] > 1e-3
@@ -142,12 +146,10 @@ def test_a_non_finite_loss_changes_nothing_and_is_counted(decide: Any, optimizer
     run_step(engine, 0)
     before = everything(engine)
     run_step(engine, 1, **bad)
-    run_step(engine, 2, **bad)
-    assert bool(engine.last.skipped) and same(everything(engine), before)
+    assert bool(run_step(engine, 2, **bad).skipped) and same(everything(engine), before)
     assert engine.read_incidents() == 3
     assert [engine.consecutive_nonfinite(), engine.consecutive_nonfinite()] == [2, 0]
-    run_step(engine, 3)
-    assert not bool(engine.last.skipped) and not same(everything(engine), before)
+    assert not bool(run_step(engine, 3).skipped) and not same(everything(engine), before)
     for step in (0, 3):  # as if the bad batches had never been
         run_step(undisturbed, step)
     assert same(everything(engine), everything(undisturbed))
@@ -164,12 +166,10 @@ def test_a_single_bad_gradient_is_found() -> None:
 
 def test_the_host_asks_at_once_and_the_device_only_on_logging_steps() -> None:
     host, device = build(), on_device(build())
-    for engine in (host, device):
-        run_step(engine, 0, factor=float("nan"))
-    assert host.should_check(host.last) and not device.should_check(device.last)  # type: ignore[attr-defined]
-    assert device.should_check(device.last, logging=True)  # type: ignore[attr-defined]
-    run_step(host, 1)
-    assert not host.should_check(host.last)  # type: ignore[attr-defined]
+    on_host, later = (run_step(engine, 0, factor=float("nan")) for engine in (host, device))
+    assert host.should_check(on_host) and not device.should_check(later)
+    assert device.should_check(later, logging=True)
+    assert not host.should_check(run_step(host, 1))
 
 
 # ---- state -------------------------------------------------------------------------------------------
@@ -256,8 +256,7 @@ def test_under_fp16_an_overflow_lowers_the_scale_and_is_no_incident() -> None:
     engine = build(compute="fp16")
     assert engine.scaler is not None
     before = everything(engine)
-    run_step(engine, 0, factor=1e6)
-    assert engine.last.skipped and same(everything(engine), before)  # type: ignore[attr-defined]
+    assert run_step(engine, 0, factor=1e6).skipped and same(everything(engine), before)
     assert engine.read_incidents() == 0 and engine.scaler.state()["scale"] == 2.0**15
     run_step(engine, 0)
     assert not same(everything(engine), before)

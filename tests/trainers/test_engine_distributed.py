@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -26,6 +26,7 @@ from trainers.objectives.language_model import LanguageModel
 VOCABULARY, WIDTH, LENGTH = 13, 16, 6
 CPU = torch.device("cpu")
 Results = dict[str, Any]
+Engine = TypeVar("Engine", bound=TorchEngine)
 
 
 class Tiny(nn.Module):
@@ -51,9 +52,15 @@ def tiny(dtype: torch.dtype, width: int = WIDTH) -> Tiny:
     return Tiny(width).to(dtype)
 
 
-def build(model: nn.Module, world_size: int, **optim: Any) -> TorchEngine:
+def build(
+    model: nn.Module,
+    world_size: int,
+    *,
+    kind: type[Engine] = TorchEngine,  # type: ignore[assignment]
+    **optim: Any,
+) -> Engine:
     settings = OptimConfig(**{"lr": 1e-2, "weight_decay": 0.1, **optim})
-    return TorchEngine(
+    return kind(
         model,
         optim=settings,
         precision=PrecisionConfig(),
@@ -111,15 +118,18 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
 # ---- what the ranks run ------------------------------------------------------------------------------
 
 
+class Recording(TorchEngine):
+    """Keeps the gradient that every update saw, before clipping."""
+
+    def _clip(self, gradients: list[Tensor]) -> Tensor:
+        self.seen = [*getattr(self, "seen", []), torch.cat([gradient.flatten() for gradient in gradients]).clone()]
+        return super()._clip(gradients)
+
+
 def train_twenty(dtype: torch.dtype, rank: int, ranks: int, *, micro: int, equal_parts: bool = False) -> Results:
-    gradients: list[Tensor] = []
-    engine = build(tiny(dtype), ranks)
-    plain_clip = engine._clip
-    engine._clip = lambda grads: (gradients.append(torch.cat([g.flatten() for g in grads]).clone()), plain_clip(grads))[
-        1
-    ]  # type: ignore[method-assign]
+    engine = build(tiny(dtype), ranks, kind=Recording)
     losses = [run_step(engine, s, rank=rank, ranks=ranks, micro=micro, equal_parts=equal_parts) for s in range(20)]
-    return {"weights": weights(engine), "losses": losses, "first_gradient": gradients[0]}
+    return {"weights": weights(engine), "losses": losses, "first_gradient": engine.seen[0]}
 
 
 def poisoned(rank: int, ranks: int, loss: float) -> Results:

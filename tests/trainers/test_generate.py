@@ -126,7 +126,6 @@ def gpt(positions: str = "learned", vocab_size: int = len(ALPHABET), **changes: 
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
-        model.embedding.weight.mul_(4)
     return model.double()
 
 

@@ -18,7 +18,7 @@ FINE, OVERFLOW = torch.tensor(False), torch.tensor(True)
 
 @pytest.mark.parametrize("device", ["cpu", CPU])
 def test_fp16_on_a_cpu_is_refused_with_reason_and_way_out(device: str | torch.device) -> None:
-    with pytest.raises(ConfigError, match="30 times slower.*bf16"):
+    with pytest.raises(ConfigError, match=r"30 times slower.*bf16"):
         check_precision(PrecisionConfig(compute="fp16"), device)
     check_precision(PrecisionConfig(compute="bf16"), device)
     check_precision(PrecisionConfig(compute="fp16"), "cuda")  # decided without a GPU here

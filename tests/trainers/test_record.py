@@ -31,7 +31,12 @@ def loss(step: int) -> float:
 
 def write(record: MetricsRecord, steps: range, change: dict[int, float] | None = None) -> int:
     return sum(
-        record.append(step, step * 64, "main", {"train/loss": (change or {}).get(step, loss(step)), "perf/step_s": os.urandom(1)[0]})
+        record.append(
+            step,
+            step * 64,
+            "main",
+            {"train/loss": (change or {}).get(step, loss(step)), "perf/step_s": os.urandom(1)[0]},
+        )
         for step in steps
     )
 
@@ -41,7 +46,9 @@ def rows(path: Path) -> list[Row]:
 
 
 def exactly_once(path: Path) -> bool:
-    seen = [(row["step"], name) for row in rows(path) for name in row if name not in ("step", "tokens", "time_ms", "phase")]
+    seen = [
+        (row["step"], name) for row in rows(path) for name in row if name not in ("step", "tokens", "time_ms", "phase")
+    ]
     return len(seen) == len(set(seen))
 
 
@@ -64,7 +71,9 @@ def test_a_row_is_one_flat_strict_object(tmp_path: Path, guard: Guard) -> None:
 def test_values_come_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, value: float) -> None:
     folder = tmp_path_factory.mktemp("bits")
     with Claim.acquire(folder) as claim:
-        MetricsRecord(folder / "m", Guard.begin_attempt(folder, claim.generation), resume_step=0).append(1, 1, "p", {"x": value})
+        MetricsRecord(folder / "m", Guard.begin_attempt(folder, claim.generation), resume_step=0).append(
+            1, 1, "p", {"x": value}
+        )
         read = rows(folder / "m")[0]["x"]
         assert np.float64(read).tobytes() == np.float64(value).tobytes() or (math.isnan(read) and math.isnan(value))
         again = MetricsRecord(folder / "m", Guard.begin_attempt(folder, claim.generation), resume_step=0)

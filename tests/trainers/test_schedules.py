@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from trainers.config import ScheduleConfig
 from trainers.errors import ConfigError
-from trainers.optim import budget_can_grow, lr_at
+from trainers.schedules import budget_can_grow, lr_at
 
 KINDS = ("constant", "linear", "cosine", "step", "inverse_sqrt", "wsd")
 LR = 3e-4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -13,13 +13,13 @@ JOIN_TIMEOUT_S = 10.0  # a thread may sit in a network read; it is a daemon, so 
 
 
 class Ahead(Generic[Item]):
-    """The items of an iterator, the next one made in one background thread; at most one ahead.
+    """The items of a generator, the next one made in one background thread; at most one ahead.
 
-    The thread starts with the first `take`. An error of the iterator is raised by the `take` that would have got the
+    The thread starts with the first `take`. An error of the generator is raised by the `take` that would have got the
     item, in the caller's thread.
     """
 
-    def __init__(self, items: Iterator[Item]) -> None:
+    def __init__(self, items: Generator[Item, None, None]) -> None:
         self._items = items
         self._wanted = threading.Semaphore(0)
         self._ready: queue.SimpleQueue[Item | BaseException] = queue.SimpleQueue()
@@ -27,7 +27,7 @@ class Ahead(Generic[Item]):
         self._thread: threading.Thread | None = None
 
     def take(self) -> Item:
-        """The next item; the one after it is begun. The iterator must not end."""
+        """The next item; the one after it is begun. The generator must not end."""
         assert not self._closing
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="read-ahead", daemon=True)
@@ -51,6 +51,7 @@ class Ahead(Generic[Item]):
         while True:
             self._wanted.acquire()
             if self._closing:
+                self._items.close()  # now: at interpreter exit the libraries below it are half gone
                 return
             try:
                 item = next(self._items)

@@ -1,6 +1,6 @@
 """Corpora: where text comes from. Every one yields the same kind of pieces in bounded memory.
 
-The text is what the source holds, with three changes: a byte order mark is dropped, \\r\\n and \\r become \\n, and empty
+The text is what the source holds with three changes: a byte order mark is dropped, \\r\\n and \\r become \\n, empty
 documents are passed over. One text file is one document; a JSONL line or a Parquet row is one document.
 """
 
@@ -27,9 +27,13 @@ from trainers.errors import DataError
 class Corpus(Protocol):
     """Documents in a fixed order. Reading raises DataError naming the file (and line or byte) that cannot be used."""
 
-    name: str
-    size_bytes: int | None
-    """bytes stored, compressed where it is; None where nobody knows before reading"""
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size_bytes(self) -> int | None:
+        """Bytes stored, compressed where it is; None where nobody knows before reading."""
+        ...
 
     def pieces(self) -> Iterator[Piece]:
         """The text in bounded memory: at most about 1 M characters, or one JSONL line, at a time."""
@@ -175,7 +179,8 @@ def _open_folder(path: Path, text_field: str) -> FolderCorpus:
     def refuse(error: OSError) -> None:
         raise unreadable(Path(error.filename), error) from None
 
-    files, others = [], []
+    files: list[Path] = []
+    others: list[Path] = []
     for folder, folders, names in os.walk(path, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for file in (Path(folder, name) for name in names if not name.startswith(".")):

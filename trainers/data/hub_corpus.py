@@ -93,5 +93,5 @@ def load_dataset(source: SourceConfig) -> Any:
         first_line = (str(error).strip() or "no further message").splitlines()[0]
         raise DataError(
             f"cannot open {source.corpus} (subset {source.subset}, split {source.split}, revision {source.revision}): "
-            f"{type(error).__name__}: {first_line}. Check the name and the network; gated datasets need `hf auth login`."
+            f"{type(error).__name__}: {first_line}. Check name and network; gated datasets need `hf auth login`."
         ) from error

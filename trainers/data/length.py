@@ -48,7 +48,7 @@ def refuse_short(
 
 def _refuse(who: str, needed: int, rule: str, present: int, fraction: float) -> None:
     raise DataError(
-        f"{who}: too little text. Training needs at least {needed:,} tokens ({rule}), but what is left to train on after "
-        f"holding out {fraction:g} has {present:,}. Use more text (with characters or bytes as tokens at least "
+        f"{who}: too little text. Training needs at least {needed:,} tokens ({rule}), but what is left to train on "
+        f"after holding out {fraction:g} has {present:,}. Use more text (with characters or bytes as tokens at least "
         f"{int(needed / (1 - fraction)) + 1:,} of them), or lower batch.sequences or data.sequence_length."
     )

@@ -114,7 +114,7 @@ class _HashedFile:
     sha256: Any = field(default_factory=hashlib.sha256)
 
     def write(self, array: np.ndarray) -> None:
-        data = memoryview(np.ascontiguousarray(array)).cast("B") if array.size else b""
+        data = np.ascontiguousarray(array).tobytes()
         self.file.write(data)
         self.sha256.update(data)
 
@@ -212,7 +212,8 @@ def _check(path: Path, facts: dict[str, Any]) -> None:
         raise DataError(f"{path}: cannot be opened ({error.strerror}).{_again(path.parent)}") from None
     if stat.st_size != facts["size"]:
         raise DataError(
-            f"{path}: {stat.st_size:,} bytes, but {facts['size']:,} were packed: cut off or changed.{_again(path.parent)}"
+            f"{path}: {stat.st_size:,} bytes, but {facts['size']:,} were packed: cut off or changed."
+            + _again(path.parent)
         )
     if stat.st_mtime_ns != facts["mtime_ns"]:
         _compare(path, facts)

@@ -11,6 +11,7 @@ Progress = Callable[[int, int, str], None]
 """progress(done_bytes, total_bytes, what): total is 0 where it is not known"""
 
 INTERVAL_S = 0.25
+HEARTBEAT_S = 0.5
 
 
 def silent(done_bytes: int, total_bytes: int, what: str) -> None:
@@ -36,12 +37,12 @@ class Throttled:
 
 @contextmanager
 def heartbeat(progress: Progress, done_bytes: int, total_bytes: int, what: str) -> Iterator[None]:
-    """Reports once a second from a thread while a library call that cannot report runs."""
+    """Reports every HEARTBEAT_S from a thread while a library call that cannot report runs."""
     stop = threading.Event()
 
     def beat() -> None:
         started = time.monotonic()
-        while not stop.wait(1.0):
+        while not stop.wait(HEARTBEAT_S):
             progress(done_bytes, total_bytes, f"{what} ({time.monotonic() - started:.0f} s)")
 
     thread = threading.Thread(target=beat, daemon=True)

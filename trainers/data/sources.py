@@ -126,13 +126,13 @@ def _refuse_leak(one: SplitText, other: SplitText) -> None:
     names = one.config.corpus, other.config.corpus
     if one.content_hash == other.content_hash:
         raise ConfigError(
-            f"{names[0]} is used with two ways of holding out ({_words(one.split)}, and {_words(other.split)}), so that "
-            "validation text of one would be trained on by the other. Give both the same data.validation."
+            f"{names[0]} is used with two ways of holding out ({_words(one.split)}, and {_words(other.split)}), so "
+            "that validation text of one would be trained on by the other. Give both the same data.validation."
         )
     if VIEWS[0] in names and all(name in VIEWS for name in names):
         raise ConfigError(
-            f"{VIEWS[0]} contains the text of {' and '.join(n for n in names if n != VIEWS[0])}, so that validation text of "
-            f"one would be trained on through the other. Use {VIEWS[1]} and {VIEWS[2]}, or {VIEWS[0]} alone."
+            f"{VIEWS[0]} contains the text of {' and '.join(n for n in names if n != VIEWS[0])}, so that validation "
+            f"text of one would be trained on through the other. Use {VIEWS[1]} and {VIEWS[2]}, or {VIEWS[0]} alone."
         )
     if _nested(one, other) and not (one.split == other.split and one.split.method == "hash"):
         raise ConfigError(

@@ -28,6 +28,9 @@ from trainers.errors import DataError
 
 VIEWS = ("python-stdlib", "python-stdlib/prose", "python-stdlib/code")
 LIMIT_BYTES = 6_000_000
+STRING_OR_COMMENT = re.compile(
+    r"""#[^\n]*|\"{3}(?:[^\\]|\\.)*?\"{3}|'{3}(?:[^\\]|\\.)*?'{3}|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'""", re.DOTALL
+)
 LEFT_OUT = {
     "site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3", "pydoc_data",
     "encodings", "ensurepip", "lib-dynload",
@@ -111,7 +114,7 @@ def _split(source: str) -> tuple[str, str]:
     except SyntaxError:
         return "", source
     docstrings = dict(_docstrings(tree, lines))
-    in_string = _lines_in_strings(tree)
+    in_string = _lines_in_strings(source)
     prose: list[tuple[int, str]] = [(first, text) for first, (_, text, _) in docstrings.items()]
     code: list[str] = []
     number = 1
@@ -131,7 +134,7 @@ def _split(source: str) -> tuple[str, str]:
 
 def _docstrings(tree: ast.Module, lines: list[str]) -> Iterator[tuple[int, tuple[int, str, bool]]]:
     """(first line, (last line, cleaned text, whether it is all of the body)) of docstrings that own their lines."""
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) or not node.body:
             continue
         first = node.body[0]
@@ -143,12 +146,24 @@ def _docstrings(tree: ast.Module, lines: list[str]) -> Iterator[tuple[int, tuple
             yield first.lineno, (last, cleandoc(text), len(node.body) == 1 and not isinstance(node, ast.Module))
 
 
-def _lines_in_strings(tree: ast.Module) -> set[int]:
-    """Lines that a string literal continues on: a # there is no comment."""
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """The node and all statements below it; expressions, which are most of a tree, are not visited."""
+    yield node
+    for block in ("body", "orelse", "handlers", "finalbody", "cases"):
+        children = getattr(node, block, ())
+        if isinstance(children, list):  # a lambda's body is an expression
+            for child in children:
+                yield from _statements(child)
+
+
+def _lines_in_strings(source: str) -> set[int]:
+    """Lines that a string literal goes on over: a # there is no comment."""
     inside: set[int] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str)):
-            inside.update(range(node.lineno + 1, (node.end_lineno or node.lineno) + 1))
+    line, at = 1, 0
+    for match in STRING_OR_COMMENT.finditer(source):
+        line += source.count("\n", at, match.start())
+        at = match.start()
+        inside.update(range(line + 1, line + 1 + match[0].count("\n")))
     return inside
 
 

@@ -10,7 +10,7 @@ stands: the epoch, the position before its document, and the token inside that d
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -151,7 +151,9 @@ def _start(source: StreamedSource) -> dict[str, Any]:
     return {"revision": source.revision, "block": 0, "epoch": 0, "document": None, "token": 0}
 
 
-def _blocks(source: StreamedSource, length: int, state: dict[str, Any], stop: threading.Event) -> Iterator[Block]:
+def _blocks(
+    source: StreamedSource, length: int, state: dict[str, Any], stop: threading.Event
+) -> Generator[Block, None, None]:
     """The blocks from `state` on, without end (but ends once `stop` is set)."""
     step = source.block_rows * length  # the last token of a block is also the first of the next
     pending: list[Piece] = []
