@@ -19,7 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.closing_table import closing_of, closing_table
-from orchestrator.cluster import ray_cluster, resources_per_worker
+from orchestrator.ray_cluster import ray_cluster, resources_per_worker
 from orchestrator.console import print_json
 from orchestrator.display import Display
 from orchestrator.experiment import OUTCOME, Experiment, Request, settle, write_identity

@@ -32,7 +32,7 @@ class RunSummary:
     path: str
     state: State
     problem: str | None
-    """what is wrong with a damaged run, or why one stopped or failed"""
+    """what is wrong with a damaged run, or why one stopped, failed or finished early"""
     preset: str | None
     step: int | None
     total_steps: int | None
@@ -304,7 +304,7 @@ def _reason(state: State, outcome: dict[str, Any]) -> str | None:
     if state == "damaged":
         return f"outcome.json says state {outcome.get('state')!r}, which is none of ours"
     reason = _text(outcome.get("reason"))
-    return reason if state in ("stopped", "failed", "finished") else None
+    return reason if state in ("stopped", "failed", "finished") and reason != "completed" else None
 
 
 def _number(value: object) -> float | None:

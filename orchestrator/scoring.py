@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -112,7 +111,7 @@ def _text(
         progress=_progress,
         total_bytes=corpus.size_bytes or 0,
     )
-    return packed, os.path.relpath(source.corpus) if os.path.exists(source.corpus) else source.corpus
+    return packed, source.corpus
 
 
 def _progress(done_bytes: int, total_bytes: int, what: str) -> None:

@@ -30,7 +30,7 @@ FORBIDDEN: dict[str, set[str]] = {
 # library -> the only files that may import it; cluster speaks to `ray job submit`
 DOORS: dict[str, tuple[str, ...]] = {
     "mlflow": ("orchestrator/tracking.py",),
-    "ray": ("orchestrator/launch.py", "orchestrator/worker.py", "cluster/"),
+    "ray": ("orchestrator/launch.py", "orchestrator/ray_cluster.py", "orchestrator/worker.py", "cluster/"),
     "deepspeed": ("trainers/deepspeed_engine.py",),
     "bitsandbytes": ("trainers/precision.py",),
 }

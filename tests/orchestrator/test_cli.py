@@ -194,7 +194,7 @@ def test_a_question_imports_nothing_heavy(arguments: list[str]) -> None:
 
 def test_the_probe_sees_what_is_heavy() -> None:
     """Negative control: the plan counts parameters with torch, and the probe says so."""
-    assert "torch" in heavy_after(["plan", "fundamentallm/tiny", "--data", "text.txt"])
+    assert "torch" in heavy_after(["plan", "fundamentallm/tiny", "--data", "text.txt", "--json"])
 
 
 def test_help_lists_every_verb_and_version_is_one_line() -> None:
