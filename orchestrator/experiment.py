@@ -134,7 +134,9 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}. Free some space or choose another --runs-dir.") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror}. Free some space or choose another --runs-dir."
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -151,7 +153,9 @@ def _stored_identity(run_dir: Path) -> dict[str, Any] | None:
     if stored is not None and {"fingerprint", "fields"} <= stored.keys():
         return stored
     if (run_dir / "checkpoints").is_dir() and any((run_dir / "checkpoints").glob("step-*")):
-        raise ConfigError(f"{run_dir} holds checkpoints but no readable {IDENTITY}: move it away or choose another --name.")
+        raise ConfigError(
+            f"{run_dir} holds checkpoints but no readable {IDENTITY}: move it away or choose another --name."
+        )
     return None
 
 

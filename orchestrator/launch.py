@@ -19,11 +19,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.closing_table import closing_of, closing_table
-from orchestrator.ray_cluster import ray_cluster, resources_per_worker
 from orchestrator.console import print_json
 from orchestrator.display import Display
 from orchestrator.experiment import OUTCOME, Experiment, Request, settle, write_identity
 from orchestrator.plan import total_steps
+from orchestrator.ray_cluster import ray_cluster, resources_per_worker
 from orchestrator.tracker import Tracker, owes
 from trainers.claim import Claim
 from trainers.config import RunConfig
@@ -59,7 +59,7 @@ def train(config: RunConfig, request: Request) -> int:
 
 def already_finished(experiment: Experiment, request: Request) -> int:
     """The same command again on a finished run: the closing table, and what MLflow may still be owed."""
-    notes = (f"{experiment.name} is finished; nothing to do.",)
+    notes: tuple[str, ...] = (f"{experiment.name} is finished; nothing to do.",)
     if owes(experiment):
         outcome = experiment.outcome
         assert outcome is not None
@@ -87,7 +87,9 @@ def new_folder(run_dir: Path) -> Iterator[None]:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make {run_dir}: {error.strerror}. Choose a --runs-dir that you may write to.") from error
+        raise UserError(
+            f"cannot make {run_dir}: {error.strerror}. Choose a --runs-dir that you may write to."
+        ) from error
     try:
         yield
     except UserError:
@@ -205,7 +207,10 @@ class Driver:
     def _conclude(self, tracker: Tracker, error: BaseException | None) -> int:
         outcome = self.experiment.outcome
         if outcome is None:
-            outcome = {"state": "failed", "reason": f"the workers died {WORKER_RESTARTS + 1} times; last: {brief(error)}"}
+            outcome = {
+                "state": "failed",
+                "reason": f"the workers died {WORKER_RESTARTS + 1} times; last: {brief(error)}",
+            }
         shutil.rmtree(self.run_dir / ".ray", ignore_errors=True)
         if outcome["state"] == "failed":
             tracker.close(outcome)

@@ -80,7 +80,11 @@ class Tracker:
                     system,
                     f"{experiment.name}/{spec.name}",
                     run_id=known.get(spec.name),
-                    tags={"preset": experiment.config.preset, "phase": spec.name, "fingerprint": experiment.fingerprint},
+                    tags={
+                        "preset": experiment.config.preset,
+                        "phase": spec.name,
+                        "fingerprint": experiment.fingerprint,
+                    },
                     params=spec.model_dump(mode="json", exclude={"index"}),
                     parent_run_id=self._run.run_id,
                 )

@@ -57,8 +57,6 @@ class ActivePhase:
 def open_phase(config: RunConfig, spec: Phase, data: PhaseData, rank: int, world_size: int) -> ActivePhase:
     """The phase with its loader at step 0."""
     loader = build_loader(config, spec, data, rank, world_size)
-    steps = phase_steps(
-        spec.budget, tokens_per_step=config.tokens_per_step, steps_per_epoch=loader.steps_per_epoch
-    )
+    steps = phase_steps(spec.budget, tokens_per_step=config.tokens_per_step, steps_per_epoch=loader.steps_per_epoch)
     interval = evaluation_interval(config.evaluation, loader.steps_per_epoch)
     return ActivePhase(spec, data, loader, steps, interval, config.checkpoint)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from trainers.environment import environment, explain_difference
 from trainers.errors import CheckpointError, TrainingFailed
 from trainers.evaluate import evaluate
 from trainers.models import apply_switches
+from trainers.models.state import LanguageModel
 from trainers.objectives import build_objective
 from trainers.phase import ActivePhase, open_phase
 from trainers.progress import Outcome, Progress
@@ -164,7 +165,7 @@ class Run:
             self.progress.phase = len(self.phases)
 
     def _fresh_state(self) -> State | None:
-        state = self.model.initial_state(self.config.micro_sequences)
+        state = cast(LanguageModel, self.model).initial_state(self.config.micro_sequences)
         return None if state is None else {name: tensor.to(self.device) for name, tensor in state.items()}
 
     # ---- between steps --------------------------------------------------------------------------
@@ -238,7 +239,14 @@ class Run:
         self._write(phase, metrics)
         self.ctx.report(metrics)
         if self.rank == 0 and self.config.samples.count:
-            write_samples(self.config, self.model, self.data.tokenizer, phase.data.validation, self.ctx.run_dir, self.progress.step)
+            write_samples(
+                self.config.samples,
+                self.config.seed,
+                self.model,
+                self.data.tokenizer,
+                phase.data.validation,
+                self.ctx.run_dir / "samples" / f"step-{self.progress.step:08d}.json",
+            )
         now, tokens = self._last_log
         self._last_log = (now + time.perf_counter() - started, tokens)
         return improved and self.config.checkpoint.save_best
@@ -347,7 +355,11 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def _streams_to(streams: list[State | None]) -> State:
-    return {f"stream/{index}/{name}": tensor for index, state in enumerate(streams) for name, tensor in (state or {}).items()}
+    return {
+        f"stream/{index}/{name}": tensor
+        for index, state in enumerate(streams)
+        for name, tensor in (state or {}).items()
+    }
 
 
 def _streams_from(tensors: State, accumulation: int, device: torch.device) -> list[State | None]:

@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import nn
 
-from trainers.config import RunConfig, SampleConfig
+from trainers.config import SampleConfig
 from trainers.data.types import Tokenizer
 from trainers.generate import GenerateConfig, generate
 
@@ -18,22 +19,19 @@ if TYPE_CHECKING:
 
 
 def write_samples(
-    config: RunConfig, model: nn.Module, tokenizer: Tokenizer, validation: PackedTokens, run_dir: Path, step: int
+    wanted: SampleConfig, seed: int, model: nn.Module, tokenizer: Tokenizer, validation: PackedTokens, path: Path
 ) -> None:
-    """samples/step-00000300.json: a list of {prompt, generated, truth}, the prompts spread over the validation text."""
-    wanted = config.samples
+    """A JSON list of {prompt, generated, truth} at `path`, the prompts spread over the validation text."""
     passages = _passages(wanted, tokenizer, validation)
     settings = GenerateConfig(
-        max_tokens=wanted.new_tokens, temperature=wanted.temperature, top_k=wanted.top_k, seed=config.seed
+        max_tokens=wanted.new_tokens, temperature=wanted.temperature, top_k=wanted.top_k, seed=seed
     )
     continuations = generate(model, tokenizer, [prompt for prompt, _ in passages], settings)
     samples = [
         {"prompt": prompt, "generated": text, "truth": truth}
         for (prompt, truth), text in zip(passages, continuations, strict=True)
     ]
-    folder = run_dir / "samples"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"step-{step:08d}.json"
+    path.parent.mkdir(exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(samples, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
@@ -46,6 +44,6 @@ def _passages(wanted: SampleConfig, tokenizer: Tokenizer, validation: PackedToke
     passages = []
     for index in range(wanted.count):
         start = spare * index // max(1, wanted.count)
-        tokens = validation.tokens[start : start + length]
-        passages.append((tokenizer.decode(tokens[: wanted.prompt_tokens]), tokenizer.decode(tokens[wanted.prompt_tokens :])))
+        prompt, truth = np.split(validation.tokens[start : start + length], [wanted.prompt_tokens])
+        passages.append((tokenizer.decode(prompt), tokenizer.decode(truth)))
     return passages

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ def rng_tensors() -> dict[str, torch.Tensor]:
     """The state of every global generator of this process as tensors, for a checkpoint."""
     version, words, gauss = random.getstate()
     assert version == 3
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, cached = cast(tuple[str, np.ndarray, int, int, float], np.random.get_state())
     assert kind == "MT19937"
     tensors = {
         "rng/python": torch.tensor(words, dtype=torch.int64),

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 import signal
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +63,9 @@ def ending(run_dir: Path, exitcode: int) -> Ending:
     outcome = run_dir / "outcome.json"
     state = json.loads(outcome.read_text())["state"] if outcome.exists() and exitcode == 0 else None
     checkpoint = CheckpointStore(run_dir / "checkpoints", None).latest()
-    rows = [stable(row) for row, _ in read_rows(run_dir / "metrics.jsonl")] if (run_dir / "metrics.jsonl").exists() else []
+    rows = (
+        [stable(row) for row, _ in read_rows(run_dir / "metrics.jsonl")] if (run_dir / "metrics.jsonl").exists() else []
+    )
     return Ending(exitcode, state, digest(checkpoint) if checkpoint else None, rows)
 
 

@@ -130,9 +130,7 @@ def stateful(text: Path) -> RunConfig:
 
 
 @pytest.mark.parametrize("piece", ["moments", "cursor"])
-def test_withholding_a_piece_of_state_is_noticed(
-    config: RunConfig, whole: Ending, tmp_path: Path, piece: str
-) -> None:
+def test_withholding_a_piece_of_state_is_noticed(config: RunConfig, whole: Ending, tmp_path: Path, piece: str) -> None:
     """The negative control: without the piece, neither the bits nor the metrics agree."""
     attempt(config, tmp_path / "run", Plan(kill_at=8))
     crooked = finished(attempt(config, tmp_path / "run", Plan(sabotage=piece)))

@@ -21,6 +21,8 @@ from trainers.data.pieces import Piece, chunks, document_pieces, whole_documents
 from trainers.errors import DataError
 
 zstandard = pytest.importorskip("zstandard")
+pytest.importorskip("pyarrow")
+pytest.importorskip("huggingface_hub.constants")
 DOCUMENTS = ["One fish.\n", "two\n\n  indented  fish\n", "naïve café 日本語 🎉", "x" * 3_000_000]
 
 
