@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -38,9 +38,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (training.train, training.plan, training.show, training.presets):
-    app.command()(verb)
-for verb in (text.generate, text.evaluate, records.runs, records.status):
+VERBS: tuple[Callable[..., int], ...] = (
+    training.train,
+    training.plan,
+    training.show,
+    training.presets,
+    text.generate,
+    text.evaluate,
+    records.runs,
+    records.status,
+)
+for verb in VERBS:
     app.command()(verb)
 
 
@@ -126,7 +134,7 @@ def _sentence(text: str) -> str:
 
 
 def _usage(typed: list[str]) -> str:
-    verbs = [command.callback.__name__ for command in app.registered_commands if command.callback]
+    verbs = [verb.__name__ for verb in VERBS]
     if typed and typed[0] in verbs:
         return f" `orchestrate {typed[0]} --help` shows how it is used."
     return f" The verbs: {', '.join(verbs)}."

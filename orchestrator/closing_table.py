@@ -84,8 +84,18 @@ class Closing:
 
 
 def closing_table(closing: Closing, console: Console | None = None) -> None:
-    """Print it. Long paths are never cut or folded by us, so that they can be copied from any width."""
+    """Print it. Long paths are never cut or folded by us, so that they can be copied from any width.
+
+    A reader that is gone changes nothing: the exit code says how the run ended.
+    """
     console = console or terminals.out()
+    try:
+        _print(closing, console)
+    except BrokenPipeError:
+        terminals.silence(1)
+
+
+def _print(closing: Closing, console: Console) -> None:
     word, style = HEADLINES[closing.state]
     of = f" of {count(closing.total_steps)}" if closing.total_steps else ""
     took = f" in {duration(closing.seconds)}" if closing.seconds is not None else ""

@@ -39,8 +39,11 @@ def print_json(value: object) -> None:
     """One JSON document on standard output; NaN and infinity become null, which every reader can read."""
     import json
 
-    sys.stdout.write(json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # what was done stays done, and the exit code says how it ended
+        silence(1)
 
 
 def finite(value: object) -> object:

@@ -14,24 +14,21 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from orchestrator.tracking import (
-    SystemMeter,
-    TrackedRun,
-    TrackingRefused,
-    TrackingUnavailable,
-    checkpoint_link,
-    system_interval_s,
-)
+from orchestrator.store_values import checkpoint_link
+from orchestrator.system_metrics import SystemMeter, system_interval_s
+from orchestrator.tracking import TrackedRun, TrackingRefused, TrackingUnavailable
+from trainers.record import read_rows
 
 Row = dict[str, Any]
 
 POLL_S = 2.0
 MAX_BACKOFF_S = 30.0
 CLOSING_RETRY_S = 0.25
-CHUNK_BYTES = 1 << 18  # some thousand values: a batch that is lost to a locked store costs little
+CHUNK_ROWS = 250  # some two thousand values: a chunk that is lost to a locked store costs little
 SYSTEM_SAMPLES_KEPT = 1000  # nearly three hours at one in ten seconds
 
 
@@ -157,8 +154,7 @@ class Feeder:
         if self._refused:
             return True
         try:
-            while self._send_rows():
-                pass
+            self._send_rows()
             self._send_system()
             while self._send_errand():
                 pass
@@ -173,23 +169,27 @@ class Feeder:
         self._note_presence()
         return True
 
-    def _send_rows(self) -> bool:
-        """Send the next chunk of the record; False at its end."""
-        rows, offset = read_rows_from(self._metrics_path, self._position.offset)
-        if offset == self._position.offset:
-            return False
+    def _send_rows(self) -> None:
+        """Send the record to its present end, some rows at a time."""
+        waiting = read_rows(self._metrics_path, offset=self._position.offset)
+        while chunk := list(islice(waiting, CHUNK_ROWS)):
+            rows = self._once([row for row, _ in chunk])
+            self._run.log_metrics(rows)
+            for name, run in self._phase_runs.items():
+                run.log_metrics([row for row in rows if self._phase_of(row) == name])
+            highest = max(self._position.step, *(row["step"] for row in rows))
+            self._position = Position(self._run.run_id, offset=chunk[-1][1], step=highest)
+            write_position(self._state_path, self._position)
+            self._rows += len(rows)
+
+    def _once(self, rows: list[Row]) -> list[Row]:
+        """The rows with `tokens` in the first one of each step only: the next has another time, so it would count."""
         highest = self._position.step
         for row in rows:
             if row["step"] <= highest:
                 row.pop("tokens", None)
             highest = max(highest, row["step"])
-        self._run.log_metrics(rows)
-        for name, run in self._phase_runs.items():
-            run.log_metrics([row for row in rows if self._phase_of(row) == name])
-        self._position = Position(self._run.run_id, offset, highest)
-        write_position(self._state_path, self._position)
-        self._rows += len(rows)
-        return True
+        return rows
 
     def _phase_of(self, row: Row) -> str | None:
         phase = row.get("phase")
@@ -236,41 +236,12 @@ class Feeder:
         self._backoff_s = self._retry_at = 0.0
 
 
-# ---- the record, read by its complete lines ---------------------------------------------------------------------
+# ---- how far the record has been sent ---------------------------------------------------------------------------
 
 
-def read_rows_from(path: Path, offset: int) -> tuple[list[Row], int]:
-    """Rows of the complete lines from `offset` on, some at a time, and the offset behind them.
-
-    A line without its end is being written and waits; a complete line that is no row was torn by a crash.
-    """
-    try:
-        with path.open("rb") as record:
-            record.seek(offset)
-            chunk = record.read(CHUNK_BYTES)
-    except FileNotFoundError:
-        return [], offset
-    complete = chunk[: chunk.rfind(b"\n") + 1]
-    rows = [row for line in complete.splitlines() if (row := _parse(line)) is not None]
-    return rows, offset + len(complete)
-
-
-def _parse(line: bytes) -> Row | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and {"step", "time_ms"} <= row.keys() else None
-
-
-def count_rows(path: Path, offset: int) -> int:
-    """Complete lines from `offset` on."""
-    try:
-        with path.open("rb") as record:
-            record.seek(offset)
-            return sum(block.count(b"\n") for block in iter(lambda: record.read(1 << 20), b""))
-    except FileNotFoundError:
-        return 0
+def count_rows(metrics_path: Path, offset: int) -> int:
+    """Rows behind byte `offset`."""
+    return sum(1 for _ in read_rows(metrics_path, offset=offset))
 
 
 def read_position(state_path: Path, metrics_path: Path, run_id: str) -> Position:

@@ -7,6 +7,7 @@ be killed and started again at any time.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.closing_table import closing_of, closing_table
 from orchestrator.console import print_json
 from orchestrator.display import Display
-from orchestrator.experiment import OUTCOME, Experiment, Request, settle, write_identity
+from orchestrator.experiment import OUTCOME, Experiment, Request, settle, write_atomically, write_identity
 from orchestrator.plan import total_steps
 from orchestrator.ray_cluster import ray_cluster, resources_per_worker
 from orchestrator.tracker import Tracker, owes
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 POLL_S = 0.2  # how often the driver looks at the record
 WORKER_RESTARTS = 3  # crashes of a worker that Ray mends from the last checkpoint
+LAST_WORDS_S = 30.0  # for the workers to end by themselves once one of them has said how the run ended
 DONE, STOPPED = 0, 75
 
 
@@ -154,7 +156,7 @@ class Driver:
     def _watch(self, fit: Fit, tracker: Tracker) -> BaseException | None:
         """Show and send on what the workers record until they are done; their error, if they had one."""
         fit.start()
-        while fit.is_alive():
+        while fit.is_alive() and not self._waits_in_vain():
             fit.join(POLL_S)
             if self.stop_reason and not self._asked:
                 self._asked = True
@@ -163,6 +165,11 @@ class Driver:
             self._show_news()
         self._show_news()
         return fit.error
+
+    def _waits_in_vain(self) -> bool:
+        """Whether the run ended a while ago: a worker that failed alone leaves the others waiting for it for ever."""
+        path = self.run_dir / OUTCOME
+        return path.exists() and time.time() - path.stat().st_mtime > LAST_WORDS_S
 
     def _show_news(self) -> None:
         for row in self._new_lines("metrics.jsonl"):
@@ -207,15 +214,13 @@ class Driver:
     def _conclude(self, tracker: Tracker, error: BaseException | None) -> int:
         outcome = self.experiment.outcome
         if outcome is None:
-            outcome = {
-                "state": "failed",
-                "reason": f"the workers died {WORKER_RESTARTS + 1} times; last: {brief(error)}",
-            }
+            reason = f"the workers died {WORKER_RESTARTS + 1} times; the last time: {brief(error)}"
+            outcome = {"state": "failed", "reason": reason}
+            write_atomically(self.run_dir / OUTCOME, json.dumps(outcome) + "\n")
         shutil.rmtree(self.run_dir / ".ray", ignore_errors=True)
         if outcome["state"] == "failed":
             tracker.close(outcome)
-            kind, _, text = outcome["reason"].partition(": ")
-            raise (UserError if kind == "bad_input" else TrainingFailed)(text or kind)
+            raise failure(outcome["reason"])
         self.display.status("drawing the plots")
         draw(self.run_dir, self.experiment.name)
         self.display.status("handing the rest to MLflow")
@@ -281,6 +286,14 @@ def pending(delivered: Delivered | None) -> tuple[str, ...]:
     if delivered is None or not delivered.pending:
         return ()
     return (f"{delivered.pending} rows wait for MLflow ({delivered.problem}); the same command sends them later.",)
+
+
+def failure(reason: str) -> Exception:
+    """The exception, and so the exit code, that the last word of a run means."""
+    kind, _, text = reason.partition(": ")
+    if kind == "bad_input":
+        return UserError(text)
+    return TrainingFailed(text if kind == "training_failed" else reason)
 
 
 def brief(error: BaseException | None) -> str:

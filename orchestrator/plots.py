@@ -5,16 +5,16 @@ Figures are objects of their own on the Agg canvas: no pyplot, so no global stat
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from orchestrator.curves import Curves, Series, read_curves, running_median, smoothed, thinned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,103 +24,7 @@ INK, QUIET, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 TRAIN, VALIDATION, ACCENT, ALARM = "#2f6db5", "#d9622b", "#3d8b6e", "#c81e3a"
 PHASE_SHADES = ("#ffffff", "#eef2f7")
 DPI = 120
-MAX_POINTS = 2000  # more than the pixels of a panel; each kept bucket keeps its extremes
-
-
-@dataclass(frozen=True)
-class Series:
-    """One metric over the run."""
-
-    steps: np.ndarray
-    """int64 (n,), rising"""
-    values: np.ndarray
-    """float64 (n,), NaN where the run logged NaN"""
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    @property
-    def finite(self) -> Series:
-        kept = np.isfinite(self.values)
-        return Series(self.steps[kept], self.values[kept])
-
-
-@dataclass(frozen=True)
-class Curves:
-    """What metrics.jsonl says, by metric."""
-
-    series: dict[str, Series]
-    phases: tuple[tuple[str, int, int], ...]
-    """(name, first step, last step) in the order they ran"""
-    incidents: tuple[tuple[int, str], ...]
-    """(step, kind) of each row with a non-zero incident"""
-
-    def get(self, name: str) -> Series:
-        return self.series.get(name, Series(np.empty(0, np.int64), np.empty(0))).finite
-
-    @property
-    def last_step(self) -> int:
-        return self.phases[-1][2] if self.phases else 0
-
-
-def read_curves(metrics_path: Path) -> Curves:
-    """Parse the record; a torn line is passed over. An absent or empty record has no series."""
-    points: dict[str, dict[int, float]] = {}
-    spans: dict[str, list[int]] = {}
-    incidents: list[tuple[int, str]] = []
-    for row in _rows(metrics_path):
-        step, phase = row["step"], str(row.get("phase", "main"))
-        span = spans.setdefault(phase, [step, step])
-        span[0], span[1] = min(span[0], step), max(span[1], step)
-        for name, value in row.items():
-            if "/" not in name or not isinstance(value, int | float):
-                continue
-            points.setdefault(name, {}).setdefault(step, float(value))  # first write wins
-            if value and (name.startswith("incidents/") or name == "resume/diverged"):
-                incidents.append((step, name.partition("/")[2].replace("nonfinite", "non-finite")))
-    series = {}
-    for name, by_step in points.items():
-        steps = np.fromiter(by_step, np.int64, len(by_step))
-        order = np.argsort(steps, kind="stable")
-        series[name] = Series(steps[order], np.fromiter(by_step.values(), np.float64, len(by_step))[order])
-    phases = sorted(((name, first, last) for name, (first, last) in spans.items()), key=lambda span: span[1])
-    return Curves(series, tuple(phases), tuple(sorted(incidents)))
-
-
-def _rows(metrics_path: Path) -> Iterator[dict[str, Any]]:
-    if not metrics_path.exists():
-        return
-    with metrics_path.open(encoding="utf-8", errors="replace") as record:
-        for line in record:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                yield row
-
-
-def thinned(series: Series, limit: int = MAX_POINTS) -> Series:
-    """At most `limit` points that keep the lowest and the highest of every stretch, so no spike is lost."""
-    if len(series) <= limit:
-        return series
-    edges = np.linspace(0, len(series), limit // 2 + 1).astype(int)
-    kept: set[int] = {0, len(series) - 1}
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
-        part = series.values[start:end]
-        kept |= {start + int(part.argmin()), start + int(part.argmax())}
-    index = np.array(sorted(kept))
-    return Series(series.steps[index], series.values[index])
-
-
-def smoothed(series: Series, window: int) -> Series:
-    """The mean of the last `window` points (fewer at the beginning)."""
-    if len(series) == 0:
-        return series
-    sums = np.concatenate([[0.0], np.cumsum(series.values)])
-    ends = np.arange(1, len(series) + 1)
-    starts = np.maximum(0, ends - window)
-    return Series(series.steps, (sums[ends] - sums[starts]) / (ends - starts))
+TEXT_POINTS, MONO_ADVANCE_EM = 10.5, 0.602  # DejaVu Sans Mono: every character is as wide
 
 
 # ---- the picture ------------------------------------------------------------------------------------------------
@@ -142,11 +46,14 @@ def plot_curves(metrics_path: Path, target: Path, title: str) -> bool:
         if not panel.lines:
             panel.set_yticks([])
             panel.text(0.5, 0.5, "nothing logged yet", transform=panel.transAxes, ha="center", color=QUIET)
-        _mark_incidents(panel, curves, named=index == 0)
+        _shade_phases(panel, curves)
+        _mark_incidents(panel, curves)
         if index >= 3:
-            panel.set_xlabel("step (optimizer updates)")
-    figure.suptitle(title, x=0.012, ha="left", fontsize=15, fontweight="bold", color=INK, parse_math=False)
-    figure.text(0.988, 0.982, _summary(curves), ha="right", va="top", fontsize=10.5, color=QUIET)
+            panel.set_xlabel("step (optimizer updates)", color=INK)
+    figure.text(0.012, 0.985, title, va="top", fontsize=15, fontweight="bold", color=INK, parse_math=False)
+    figure.text(0.988, 0.985, _summary(curves), ha="right", va="top", fontsize=11, color=QUIET)
+    if curves.incidents:
+        figure.text(0.988, 0.957, _incident_words(curves), ha="right", va="top", fontsize=11, color=ALARM)
     save(figure, target)
     return True
 
@@ -156,35 +63,32 @@ def _summary(curves: Curves) -> str:
     tokens = curves.get("perf/tokens_per_s")
     validation = curves.get("val/loss")
     if len(validation):
-        words.append(f"validation loss {validation.values[-1]:.4g} (best {validation.values.min():.4g})")
+        words.append(f"validation loss {validation.values[-1]:.4f} (best {validation.values.min():.4f})")
     if len(tokens):
         words.append(f"{np.median(tokens.values):,.0f} tokens/s")
     return "   ·   ".join(words)
 
 
+def _incident_words(curves: Curves) -> str:
+    kinds = [kind for _, kind in curves.incidents]
+    return "▲ incidents: " + ", ".join(f"{kind} × {kinds.count(kind)}" for kind in dict.fromkeys(kinds))
+
+
 def _draw_loss(panel: Axes, curves: Curves) -> None:
-    panel.set_title("Loss")
-    panel.set_ylabel("nats per token")
-    _noisy(panel, curves.get("train/loss"), TRAIN, "training")
-    _points(panel, curves.get("val/loss"), VALIDATION, "validation")
-    _frame_loss(panel, [curves.get("train/loss"), curves.get("val/loss")])
+    _name(panel, curves, "Loss", "nats per token")
+    train, validation = curves.get("train/loss"), curves.get("val/loss")
+    _noisy(panel, train, curves, TRAIN, "training")
+    _points(panel, validation, VALIDATION, "validation")
+    low = min(series.values.min(initial=math.inf) for series in (train, validation))
+    high = max(running_median(series).max(initial=-math.inf) for series in (train, validation))
+    if train.values.max(initial=-math.inf) > high + 0.5 * (high - low):  # a lone spike would flatten all the rest
+        panel.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low))
     _legend(panel)
 
 
-def _frame_loss(panel: Axes, drawn: Sequence[Series]) -> None:
-    """Leave the first spike out of the frame where it would flatten all the rest."""
-    values = np.concatenate([series.values for series in drawn])
-    if len(values) < 50:
-        return
-    low, high = values.min(), np.quantile(values, 0.998)
-    if values.max() > high + 0.5 * (high - low):
-        panel.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low))
-
-
 def _draw_perplexity(panel: Axes, curves: Curves) -> None:
-    panel.set_title("Perplexity")
-    panel.set_ylabel("exp(loss), log scale")
-    train = smoothed(curves.get("train/loss"), _window(curves.get("train/loss")))
+    _name(panel, curves, "Perplexity", "exp(loss), log scale")
+    train = smoothed(curves.get("train/loss"), curves)
     _line(panel, Series(train.steps, np.exp(np.minimum(train.values, 20))), TRAIN, "training, smoothed", width=1.4)
     _points(panel, curves.get("val/perplexity"), VALIDATION, "validation")
     _log_scale(panel)
@@ -192,41 +96,39 @@ def _draw_perplexity(panel: Axes, curves: Curves) -> None:
 
 
 def _draw_bits(panel: Axes, curves: Curves) -> None:
-    panel.set_title("Bits per byte of validation text")
-    panel.set_ylabel("bits per byte")
+    _name(panel, curves, "Bits per byte of the validation text", "bits per byte")
     bits = curves.get("val/bits_per_byte")
     _points(panel, bits, VALIDATION, "validation")
-    if len(bits):
-        best = int(bits.values.argmin())
-        panel.annotate(
-            f"best {bits.values[best]:.3f}", (bits.steps[best], bits.values[best]), (0, 14), color=INK,
-            textcoords="offset points", ha="right" if best > len(bits) / 2 else "left", fontsize=10,
-        )  # fmt: skip
-        panel.margins(y=0.18)
+    if not len(bits):
+        return
+    best = int(bits.values.argmin())
+    late = bits.steps[best] > 0.6 * curves.last_step
+    panel.annotate(
+        f"best {bits.values[best]:.3f}", (bits.steps[best], bits.values[best]), (0, -16), color=INK, fontsize=10,
+        textcoords="offset points", ha="right" if late else "left",
+    )  # fmt: skip
+    panel.margins(y=0.18)
 
 
 def _draw_lr(panel: Axes, curves: Curves) -> None:
-    panel.set_title("Learning rate")
-    panel.set_ylabel("learning rate")
+    _name(panel, curves, "Learning rate", "learning rate")
     _line(panel, curves.get("train/lr"), ACCENT, "learning rate", width=1.8)
     panel.set_ylim(bottom=0)
-    panel.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4), useMathText=True)
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}".replace("e-0", "e-"))
 
 
 def _draw_grad_norm(panel: Axes, curves: Curves) -> None:
-    panel.set_title("Gradient norm before clipping")
-    panel.set_ylabel("L2 norm, log scale")
-    _noisy(panel, curves.get("train/grad_norm"), TRAIN, "gradient norm")
+    _name(panel, curves, "Gradient norm before clipping", "L2 norm, log scale")
+    _noisy(panel, curves.get("train/grad_norm"), curves, TRAIN, "gradient norm")
     _log_scale(panel)
 
 
 def _draw_throughput(panel: Axes, curves: Curves) -> None:
-    panel.set_title("Throughput")
-    panel.set_ylabel("tokens per second")
+    _name(panel, curves, "Throughput", "tokens per second")
     series = curves.get("perf/tokens_per_s")
-    _noisy(panel, series, ACCENT, "tokens per second")
+    _noisy(panel, series, curves, ACCENT, "tokens per second")
     if len(series):
-        panel.set_ylim(0, 1.25 * float(np.quantile(series.values, 0.995)))
+        panel.set_ylim(0, 1.25 * float(np.quantile(series.values, 0.995)) or 1)
     panel.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
@@ -238,8 +140,10 @@ PANELS: tuple[Callable[[Any, Curves], None], ...] = (
 # ---- strokes ----------------------------------------------------------------------------------------------------
 
 
-def _window(series: Series) -> int:
-    return max(5, len(series) // 40)
+def _name(panel: Axes, curves: Curves, title: str, unit: str) -> None:
+    room_for_phases = 18 if len(curves.phases) > 1 else 7
+    panel.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=room_for_phases)
+    panel.set_ylabel(unit, color=INK)
 
 
 def _line(panel: Axes, series: Series, colour: str, label: str, width: float) -> None:
@@ -248,13 +152,14 @@ def _line(panel: Axes, series: Series, colour: str, label: str, width: float) ->
         panel.plot(drawn.steps, drawn.values, color=colour, lw=width, marker=_lone(series), ms=5, label=label)
 
 
-def _noisy(panel: Axes, series: Series, colour: str, label: str) -> None:
+def _noisy(panel: Axes, series: Series, curves: Curves, colour: str, label: str) -> None:
     """The values, pale, and their moving mean over them."""
     if len(series) < 25:
-        return _line(panel, series, colour, label, width=1.8)
+        _line(panel, series, colour, label, width=1.8)
+        return
     raw = thinned(series)
     panel.plot(raw.steps, raw.values, color=colour, lw=0.8, alpha=0.35)
-    _line(panel, smoothed(series, _window(series)), colour, label, width=1.8)
+    _line(panel, smoothed(series, curves), colour, label, width=1.8)
 
 
 def _points(panel: Axes, series: Series, colour: str, label: str) -> None:
@@ -269,85 +174,77 @@ def _lone(series: Series) -> str | None:
 
 
 def _log_scale(panel: Axes) -> None:
-    """Logarithmic where there is anything positive, with plain numbers at 1, 2 and 5."""
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+    """Logarithmic where the values differ enough to need it, with plain numbers at 1, 2 and 5."""
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     values = [value for line in panel.lines for value in np.asarray(line.get_ydata()) if value > 0]
-    if not values:
+    if not values or max(values) < 1.5 * min(values):
         return
     panel.set_yscale("log")
-    low, high = min(values), max(values)
-    if high < 1.5 * low:
-        panel.set_ylim(low / 1.5, high * 1.5)
-    decades = math.log10(max(high / low, 1.5))
+    decades = math.log10(max(values) / min(values))
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
-    if decades < 5:
-        formatter = ScalarFormatter()
-        formatter.set_scientific(False)
+    if decades < 6:
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _legend(panel: Axes) -> None:
-    if len([line for line in panel.lines if not line.get_label().startswith("_")]) > 1:
+    if len([line for line in panel.lines if not str(line.get_label()).startswith("_")]) > 1:
         panel.legend(loc="upper right", frameon=True, framealpha=0.85, edgecolor="none", fontsize=10)
 
 
 def _dress(panel: Axes, curves: Curves) -> None:
-    """Frame, grid, and the phases behind everything."""
+    from matplotlib.ticker import MaxNLocator
+
     panel.grid(True, color=GRID, lw=0.8)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
     panel.spines[["left", "bottom"]].set_color(QUIET)
     panel.tick_params(colors=INK, labelsize=10, labelbottom=True)
-    panel.title.set(fontsize=12, fontweight="bold", color=INK)
-    panel.title.set_ha("left")
-    panel.title.set_position((0.0, 1.0))
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    panel.xaxis.get_major_locator().set_params(integer=True, nbins=7)
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
     last = max(curves.last_step, 1)
     panel.set_xlim(-0.015 * last, 1.015 * last)
+
+
+def _shade_phases(panel: Axes, curves: Curves) -> None:
+    """The phases as bands with their names above them; one phase needs neither."""
     if len(curves.phases) < 2:
         return
-    begin = 0
+    begin, last = 0, max(curves.last_step, 1)
     for index, (name, _, end) in enumerate(curves.phases):
         panel.axvspan(begin, end, color=PHASE_SHADES[index % 2], lw=0, zorder=-2)
         if index:
             panel.axvline(begin, color=QUIET, lw=0.9, ls=(0, (4, 3)), zorder=1)
+        room = max(3, int(48 * (end - begin) / last))
         panel.text(
-            (begin + end) / 2, 0.985, textwrap.shorten(name, 24, placeholder="…"), ha="center", va="top", fontsize=9,
-            color=QUIET, transform=panel.get_xaxis_transform(), parse_math=False,
+            (begin + end) / 2, 1.012, name if len(name) <= room else name[: room - 1] + "…", ha="center", va="bottom",
+            fontsize=9.5, color=QUIET, transform=panel.get_xaxis_transform(), parse_math=False,
         )  # fmt: skip
         begin = end
 
 
-def _mark_incidents(panel: Axes, curves: Curves, *, named: bool) -> None:
-    """A tick at the foot of the panel for each incident, their kinds and numbers on the first panel."""
-    if not curves.incidents:
-        return
+def _mark_incidents(panel: Axes, curves: Curves) -> None:
+    """A mark at the foot of the panel and a hairline for each incident."""
     steps = [step for step, _ in curves.incidents]
-    panel.plot(
-        steps, [0.0] * len(steps), ls="none", marker="^", ms=7, color=ALARM, clip_on=False, zorder=5,
-        transform=panel.get_xaxis_transform(), label="_incidents",
-    )  # fmt: skip
+    if steps:
+        panel.plot(
+            steps, [0.0] * len(steps), ls="none", marker="^", ms=7, color=ALARM, clip_on=False, zorder=5,
+            transform=panel.get_xaxis_transform(), label="_incidents",
+        )  # fmt: skip
     for step in steps[:50]:
         panel.axvline(step, color=ALARM, lw=0.7, alpha=0.35, zorder=1)
-    if named:
-        kinds = [kind for _, kind in curves.incidents]
-        words = ", ".join(f"{kind} × {kinds.count(kind)}" for kind in dict.fromkeys(kinds))
-        panel.text(
-            0.02, 0.04, f"▲ incidents: {words}", transform=panel.transAxes, color=ALARM, fontsize=9.5, parse_math=False
-        )
 
 
 def _figure(width: float, height: float) -> Figure:
     """An empty figure of so many inches on the Agg canvas."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout="constrained")
+    layout = ConstrainedLayoutEngine(rect=(0.005, 0.005, 0.985, 0.92), wspace=0.03, hspace=0.06)
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout=layout)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(rect=(0.005, 0.0, 0.99, 0.965), wspace=0.03, hspace=0.05)
     return figure
 
 
@@ -365,32 +262,29 @@ def save(figure: Figure, target: Path) -> None:
 def plot_text(blocks: Iterable[Sequence[tuple[str, str]]], target: Path, title: str, *, columns: int = 96) -> None:
     """Blocks of running text whose parts have colours, as a PNG. A block is a list of (text, colour).
 
-    Text is wrapped at `columns` characters of a monospaced font; a line break is drawn as a pale return sign.
+    Text is wrapped at `columns` characters of a monospaced font; a line break is drawn as a return sign.
     """
     lines: list[list[tuple[str, str]]] = []
     for block in blocks:
         lines += [*wrapped(block, columns), []]
-    figure = _figure(11.5, max(1.6, 0.55 + 0.235 * len(lines)))
+    margin, top, step = 0.25, 0.7, 0.225  # inches
+    advance = MONO_ADVANCE_EM * TEXT_POINTS / 72
+    width, height = 2 * margin + columns * advance, top + step * len(lines)
+    figure = _figure(width, height)
     figure.set_layout_engine("none")
-    height = figure.get_figheight()
-    figure.text(0.02, 1 - 0.14 / height, title, va="top", fontsize=13, fontweight="bold", color=INK, parse_math=False)
+    figure.text(
+        margin / width, 1 - 0.15 / height, title, va="top", fontsize=14, fontweight="bold", color=INK, parse_math=False
+    )
     for number, line in enumerate(lines):
         column = 0
         for text, colour in line:
             figure.text(
-                0.02 + column * 0.96 / columns, 1 - (0.62 + 0.235 * number) / height, text, va="center", fontsize=9.8,
-                family="DejaVu Sans Mono", color=colour, parse_math=False,
+                (margin + column * advance) / width, 1 - (top + step * number) / height, text, va="baseline",
+                fontsize=TEXT_POINTS, family="DejaVu Sans Mono", color=colour, parse_math=False,
             )  # fmt: skip
             column += len(text)
-    save_quietly(figure, target)
-
-
-def save_quietly(figure: Figure, target: Path) -> None:
-    """`save` without a warning for each character that the font lacks: they are drawn as boxes."""
-    import warnings
-
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")
+        warnings.filterwarnings("ignore", message="Glyph")  # characters that the font lacks are drawn as boxes
         save(figure, target)
 
 

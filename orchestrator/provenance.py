@@ -38,7 +38,9 @@ def flatten(value: object, prefix: str = "") -> dict[str, str]:
 def _keyed_parts(parts: Sequence[object]) -> dict[str, object]:
     names = [part.get("name") if isinstance(part, Mapping) else None for part in parts]
     named = all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
-    return {str(name) if named else str(index): part for index, (name, part) in enumerate(zip(names, parts, strict=True))}
+    return {
+        str(name) if named else str(index): part for index, (name, part) in enumerate(zip(names, parts, strict=True))
+    }
 
 
 def _scalar(value: object) -> str:

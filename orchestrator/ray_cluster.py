@@ -47,6 +47,8 @@ def ray_cluster(workers: int, *, verbose: bool, log_path: Path) -> Iterator[Any]
             log_to_driver=verbose,
             logging_level=_level(verbose),
         )
+    if not verbose:
+        _hush_the_raylet()
     try:
         yield ray
     finally:
@@ -113,3 +115,13 @@ def _log_to_file(path: Path, verbose: bool) -> None:
         logger = logging.getLogger(name)
         logger.handlers = [handler] if name == "ray" else []
         logger.propagate = verbose if name == "ray" else True
+
+
+def _hush_the_raylet() -> None:
+    """What the raylet has to say goes to the log: Ray prints it on standard output, `log_to_driver` or not."""
+    from ray._private import worker
+
+    def to_log(message: dict[str, Any], **_: Any) -> None:
+        logging.getLogger("ray").error("%s", "\n".join(message["lines"]))
+
+    worker.print_to_stdstream = to_log

@@ -12,7 +12,9 @@ REDACTED = "[redacted]"
 _SECRET_WORDS = frozenset(
     {"password", "passwd", "pwd", "passphrase", "secret", "token", "apikey", "credential", "credentials", "cookie"}
 )
-_SECRET_PAIRS = re.compile(r"(api|access|private|secret|signing|encryption|auth)[-_. ]?key|auth[-_. ]?token", re.IGNORECASE)
+_SECRET_PAIRS = re.compile(
+    r"(api|access|private|secret|signing|encryption|auth)[-_. ]?key|auth[-_. ]?token", re.IGNORECASE
+)
 
 _SECRET_VALUES = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}"  # Hugging Face

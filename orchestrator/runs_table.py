@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
-
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -24,8 +22,8 @@ STATE_STYLES = {
 }
 
 
-def runs_table(runs: list[RunSummary]) -> Table:
-    """One line a run, the newest first; what is wrong with one stands under it."""
+def runs_table(runs: list[RunSummary], console: Console) -> None:
+    """One line a run, the newest first; below, what is wrong with those that failed or are damaged."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("run", overflow="fold")
     table.add_column("state", no_wrap=True)
@@ -41,9 +39,10 @@ def runs_table(runs: list[RunSummary]) -> Table:
             age(run),
             size(run.size_bytes),
         )
+    console.print(table)
+    for run in runs:
         if run.problem and run.state in ("failed", "damaged"):
-            table.add_row(Text(f"  {plain(run.problem)}", style="dim"))
-    return table
+            console.print(Text(f"{plain(run.name)} {run.state}: {plain(run.problem)}", style="dim"), soft_wrap=True)
 
 
 def status_table(status: Status, console: Console) -> None:
@@ -76,10 +75,6 @@ def status_table(status: Status, console: Console) -> None:
     for name, value in shown:
         style = STATE_STYLES[run.state] if name == "state" else "cyan" if name == "next" else ""
         console.print(Text.assemble((f"{name:<{width}}  ", "dim"), (plain(value), style)), soft_wrap=True)
-
-
-def status_json(status: Status) -> dict[str, Any]:
-    return status.to_json()
 
 
 def steps(run: RunSummary) -> str:

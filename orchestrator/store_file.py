@@ -20,7 +20,9 @@ SQLITE = "sqlite:///"
 def sqlite_uri(path: Path) -> str:
     """The SQLAlchemy URI of a database file; UserError for a path that such a URI cannot hold."""
     if "?" in str(path):
-        raise UserError(f"the runs folder {path.parent} has a '?' in its path, which no database URI can hold: rename it.")
+        raise UserError(
+            f"the runs folder {path.parent} has a '?' in its path, which no database URI can hold: rename it."
+        )
     return f"{SQLITE}{path}"
 
 

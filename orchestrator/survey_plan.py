@@ -189,7 +189,7 @@ def _notes(report: PlanReport) -> Iterator[str]:
     if report.plan is None:
         yield "the steps follow from the length of the Hub dataset, which is known once training has downloaded it."
     elif report.plan.disk_bytes > report.free_bytes:
-        yield f"the disk has {size(report.free_bytes)} free, less than the {size(report.plan.disk_bytes)} of checkpoints."
+        yield f"the disk has {size(report.free_bytes)} free, and the checkpoints need {size(report.plan.disk_bytes)}."
     if report.config.early_stopping.patience:
         rule = report.config.early_stopping
-        yield f"early stopping may end a phase before: after {rule.patience} evaluations without a better {rule.metric}."
+        yield f"early stopping may end a phase sooner: {rule.patience} evaluations without a better {rule.metric}."

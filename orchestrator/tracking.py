@@ -6,37 +6,41 @@ the driver spends in a thread while Ray starts. Everything sent passes `redact`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import math
 import os
 import re
 import shlex
 import socket
 import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from orchestrator.provenance import flatten
 from orchestrator.redaction import redact, redact_mapping
 from orchestrator.store_file import creating, sqlite_path, sqlite_uri
+from orchestrator.store_values import (
+    MAX_METRICS,
+    MAX_PARAM_CHARS,
+    MAX_PARAMS,
+    MAX_TAG_CHARS,
+    batches,
+    checkpoint_link,
+    clip,
+    legal_name,
+    numbers_of,
+)
 from trainers.errors import UserError
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
     from mlflow.tracking import MlflowClient
 
-T = TypeVar("T")
 EndState = Literal["FINISHED", "FAILED", "KILLED"]
 
-MAX_METRICS, MAX_PARAMS = 1000, 100  # of one log_batch
-MAX_PARAM_CHARS, MAX_TAG_CHARS, MAX_KEY_CHARS = 6000, 8000, 250
-ROW_FIELDS = frozenset({"step", "time_ms", "phase"})  # of a row of metrics.jsonl: not metrics
 STOP_REASON = "stop_reason"
 RUN_PATH = "run_path"  # the tag that names the run's folder
 PARENT = "mlflow.parentRunId"
@@ -82,7 +86,7 @@ def _is_server(uri: str) -> bool:
 
 
 def _first_contact(uri: str, artifacts: Path | None) -> Store:
-    if uri.startswith("file:") or "://" not in uri and not uri.startswith("databricks"):
+    if uri.startswith("file:") or not ("://" in uri or uri.startswith("databricks")):
         raise UserError(
             f"MLFLOW_TRACKING_URI={redact(uri)} is a folder, and MLflow's file store keeps a metric twice when it is "
             f"sent twice. {WAY_OUT}"
@@ -90,7 +94,9 @@ def _first_contact(uri: str, artifacts: Path | None) -> Store:
     try:
         client = _connect(uri)
     except ModuleNotFoundError as error:
-        raise UserError(f"the MLflow store {redact(uri)} needs the Python package {error.name}: pip install it.") from error
+        raise UserError(
+            f"the MLflow store {redact(uri)} needs the Python package {error.name}: pip install it."
+        ) from error
     except (TrackingUnavailable, TrackingRefused) as error:
         raise UserError(f"the MLflow store {redact(uri)} cannot be used: {error}. {WAY_OUT}") from error
     return Store(uri, client, artifacts)
@@ -152,7 +158,7 @@ def _translated() -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    driver_error = re.match(r"\([\w.]*Error\) (.*)", lines[0])  # SQLAlchemy: "(sqlite3.OperationalError) database is locked"
+    driver_error = re.match(r"\([\w.]*Error\) (.*)", lines[0])  # SQLAlchemy: "(sqlite3.OperationalError) no such ..."
     return redact(driver_error[1] if driver_error else lines[0])[:300].rstrip(". ")
 
 
@@ -217,14 +223,13 @@ class Store:
         quote = '"' if "'" in tags[by] else "'"  # MLflow's filters know no escape
         for run in self.client.search_runs([known.experiment_id], f"tags.`{by}` = {quote}{tags[by]}{quote}"):
             same = run.info.run_name == run_name and run.data.tags.get("fingerprint") == tags.get("fingerprint")
-            if same and (by == PARENT or run.info.status == "RUNNING" and not run.data.metrics):
+            if same and (by == PARENT or (run.info.status == "RUNNING" and not run.data.metrics)):
                 return run
         return None
 
     def _create(self, experiment: str, run_name: str, tags: Mapping[str, str]) -> Run:
-        return self.client.create_run(
-            self._experiment_id(experiment), tags={k: _clip(v, MAX_TAG_CHARS) for k, v in tags.items()}, run_name=run_name
-        )
+        clipped = {key: clip(value, MAX_TAG_CHARS) for key, value in tags.items()}
+        return self.client.create_run(self._experiment_id(experiment), tags=clipped, run_name=run_name)
 
     def _experiment_id(self, name: str) -> str:
         from mlflow.exceptions import MlflowException
@@ -271,9 +276,9 @@ class TrackedRun:
 
         if run.info.status != "RUNNING":
             self.store.client.update_run(self.run_id, status="RUNNING")
-        wanted = {_legal_name(key): _clip(value, MAX_PARAM_CHARS) for key, value in params.items()}
+        wanted = {legal_name(key): clip(value, MAX_PARAM_CHARS) for key, value in params.items()}
         new = [Param(key, value) for key, value in wanted.items() if key not in run.data.params]
-        for batch in _batches(new, MAX_PARAMS):
+        for batch in batches(new, MAX_PARAMS):
             self.store.client.log_batch(self.run_id, params=batch)
         updates = {
             f"param_update.{key}": value
@@ -298,7 +303,7 @@ class TrackedRun:
         """
         metrics = [metric for row in rows for metric in _metrics_of(row)]
         with _translated():
-            for batch in _batches(metrics, MAX_METRICS):
+            for batch in batches(metrics, MAX_METRICS):
                 self.store.client.log_batch(self.run_id, metrics=batch)
 
     def log_artifact(self, path: Path, artifact_path: str | None = None) -> None:
@@ -323,9 +328,9 @@ class TrackedRun:
     def set_tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        legal = {_legal_name(key): _clip(value, MAX_TAG_CHARS) for key, value in redact_mapping(tags).items()}
+        legal = {legal_name(key): clip(value, MAX_TAG_CHARS) for key, value in redact_mapping(tags).items()}
         with _translated():
-            for batch in _batches([RunTag(key, value) for key, value in legal.items()], MAX_PARAMS):
+            for batch in batches([RunTag(key, value) for key, value in legal.items()], MAX_PARAMS):
                 self.store.client.log_batch(self.run_id, tags=batch)
 
     def finish(self, status: EndState, stop_reason: str) -> None:
@@ -346,82 +351,8 @@ def close_orphan(store: Store, run_id: str, reason: str) -> bool:
     return run in left
 
 
-def checkpoint_link(target: Path) -> dict[str, Any]:
-    """Where a committed checkpoint lies, its step, and the sha256 of its manifest (which holds those of its files)."""
-    manifest = (target / "manifest.json").read_bytes()
-    return {
-        "path": str(target.absolute()),
-        "step": json.loads(manifest).get("step"),
-        "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
-    }
-
-
 def _metrics_of(row: Mapping[str, Any]) -> list[Metric]:
     from mlflow.entities import Metric
 
     step, time_ms = int(row["step"]), int(row["time_ms"])
-    return [
-        Metric(_legal_name(key), float(value), time_ms, step)
-        for key, value in row.items()
-        if key not in ROW_FIELDS and isinstance(value, int | float)
-    ]
-
-
-def _legal_name(key: str) -> str:
-    """A key as MLflow allows it; its rule is letters, digits and `_-. :/`, at most 250 of them."""
-    return re.sub(r"[^\w\-. :/]", "_", key)[:MAX_KEY_CHARS]
-
-
-def _clip(text: str, limit: int) -> str:
-    if len(text) <= limit:
-        return text
-    note = f" ... ({len(text)} characters; whole in config.yaml)"
-    return text[: limit - len(note)] + note
-
-
-def _batches(items: list[T], size: int) -> Iterator[list[T]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-# ---- system metrics ---------------------------------------------------------------------------------------------
-
-
-class SystemMeter:
-    """Samples of the driver's machine under `system/`, by MLflow's own monitors and their names.
-
-    Its SystemMetricsMonitor ends for good at the first moment the store is away, asks for the run each time and keeps
-    what it could not send nowhere; so the reading is MLflow's and the sending the feeder's.
-    """
-
-    def __init__(self) -> None:
-        import psutil
-        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-
-        self._monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        try:
-            self._monitors.append(GPUMonitor())
-        except (ImportError, RuntimeError):
-            pass  # no NVIDIA library or no GPU: nothing to sample
-        node = os.environ.get("MLFLOW_SYSTEM_METRICS_NODE_ID")
-        self._prefix = f"system/{node}/" if node else "system/"
-        psutil.cpu_percent()  # the first reading has no interval to be a share of
-
-    def sample(self, step: int) -> dict[str, Any]:
-        """A row like those of metrics.jsonl; `step` counts samples, as MLflow does."""
-        row: dict[str, Any] = {"step": step, "time_ms": time.time_ns() // 1_000_000}
-        for monitor in self._monitors:
-            monitor.collect_metrics()
-            values = monitor.aggregate_metrics()
-            monitor.clear_metrics()
-            row |= {self._prefix + key: value for key, value in values.items() if math.isfinite(value)}
-        return row
-
-
-def system_interval_s() -> float | None:
-    """Seconds between system samples; None where MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING says no."""
-    if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").strip().lower() in ("false", "0"):
-        return None
-    return float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or 10.0)
+    return [Metric(legal_name(key), value, time_ms, step) for key, value in numbers_of(row).items()]

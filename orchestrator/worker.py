@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import json
+import logging
 import traceback
 from pathlib import Path
 from typing import Any
 
-FAILURE = "failure.json"
+OUTCOME = "outcome.json"
+
+log = logging.getLogger(__name__)
 
 
 def work(job: dict[str, Any]) -> None:
@@ -22,20 +25,22 @@ def work(job: dict[str, Any]) -> None:
     from trainers.config import RunConfig
     from trainers.errors import Superseded, TrainingFailed, UserError
     from trainers.loop import train
-    from trainers.progress import Outcome
-    from trainers.run import write_outcome
 
     context = ray_context(Path(job["run_dir"]), Path(job["cache_dir"]), job["generation"])
+    if (context.run_dir / OUTCOME).exists():  # the run ended, and a worker died after that: nothing is left to do
+        return
+    if context.rank == 0 and context.guard.attempt > 1:
+        context.note("a worker died: all of them start again from the newest checkpoint")
     try:
         train(RunConfig.model_validate(job["config"]), context)
     except Superseded as superseded:
-        context.note(str(superseded))
+        log.warning("%s", superseded)  # not into the run's folder, which is another's now
     except (UserError, TrainingFailed) as error:
-        reason = "bad_input" if isinstance(error, UserError) else "training_failed"
-        if context.rank == 0:
-            write_outcome(context, Outcome("failed", f"{reason}: {error}", 0, 0, {}))
+        _end_in_failure(context, f"{'bad_input' if isinstance(error, UserError) else 'training_failed'}: {error}")
     except Exception as error:
-        _give_up_on_the_second(context, error)
+        if _no_accident(context, error):
+            _end_in_failure(context, f"crashed twice alike, {_told(error)} (logs/{_failure_name(context)}.txt)")
+        raise
 
 
 def ray_context(run_dir: Path, cache_dir: Path, generation: int) -> Any:
@@ -59,23 +64,39 @@ def ray_context(run_dir: Path, cache_dir: Path, generation: int) -> Any:
     return RayContext(run_dir, cache_dir, guard, rank, world_size, ranks.get_local_rank())
 
 
-def _give_up_on_the_second(context: Any, error: Exception) -> None:
-    """Raise an unforeseen error for Ray to retry; the same one again is no accident, and ends the run."""
-    import json
-
+def _end_in_failure(context: Any, reason: str) -> None:
+    """outcome.json says why; the first rank to fail has the cause, and what the others say follows from it."""
     from trainers.progress import Outcome
+    from trainers.record import last_row
     from trainers.run import write_outcome
 
-    path = context.run_dir / "logs" / FAILURE
+    if not (context.run_dir / OUTCOME).exists():
+        row = last_row(context.run_dir / "metrics.jsonl") or {}
+        write_outcome(context, Outcome("failed", reason, row.get("step", 0), row.get("tokens", 0), {}))
+
+
+def _no_accident(context: Any, error: Exception) -> bool:
+    """Whether this rank met the same error in an earlier attempt and the run has recorded nothing new since.
+
+    Ray repeats the attempt after any error; one that comes back at the same place would come back for ever.
+    """
+    record = context.run_dir / "metrics.jsonl"
+    path = context.run_dir / "logs" / f"{_failure_name(context)}.json"
     path.parent.mkdir(exist_ok=True)
-    this = {"generation": context.guard.generation, "error": f"{type(error).__name__}: {error}"}
+    this = {
+        "generation": context.guard.generation,
+        "error": _told(error),
+        "recorded_bytes": record.stat().st_size if record.exists() else 0,
+    }
     again = path.exists() and json.loads(path.read_text(encoding="utf-8")) == this
-    trace = context.run_dir / "logs" / f"rank-{context.rank:05d}-traceback.txt"
-    trace.write_text(traceback.format_exc(), encoding="utf-8")
-    if again and context.rank == 0:
-        write_outcome(context, Outcome("failed", f"crashed twice alike: {this['error']} ({trace})", 0, 0, {}))
-    if again:
-        os._exit(0) if context.world_size > 1 else None
-        return
     path.write_text(json.dumps(this), encoding="utf-8")
-    raise error
+    path.with_suffix(".txt").write_text(traceback.format_exc(), encoding="utf-8")
+    return again
+
+
+def _failure_name(context: Any) -> str:
+    return f"failure-rank-{context.rank:05d}"
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

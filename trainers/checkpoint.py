@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,8 @@ from trainers.staging import SaveFailed, Staging, predicted_bytes, temporaries, 
 
 __all__ = ["Checkpoint", "CheckpointStore", "SaveFailed", "SaveReport"]
 
-RANK_TIMEOUT_S = 120.0
+RANK_TIMEOUT_S = 120.0  # how long a save waits for the part of another rank
+CLOSING_TIMEOUT_S = 5.0  # and how long once the training is over, when that rank may be dead
 
 log = logging.getLogger(__name__)
 Files = Mapping[str, Mapping[str, torch.Tensor]]
@@ -120,7 +121,10 @@ class CheckpointStore:
         self._before_commit = before_commit
         self._rank_timeout_s = rank_timeout_s
         self._buffer: SnapshotBuffer[tuple[str, str]] = SnapshotBuffer()
-        self._thread: threading.Thread | None = None
+        # One thread for all saves: starting one waits for it to run, submitting to one does not.
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._in_flight: Future[None] | None = None
+        self._closed_at: float | None = None
         self._raise_next: BaseException | None = None
         self._saves = 0  # counted alike on every rank, so that each save has a staging directory of its own
         self._committed: int | None = None
@@ -159,8 +163,7 @@ class CheckpointStore:
         stall_s = time.perf_counter() - called
         is_best = best and self._save_best
         snapshot = _Snapshot(step, tuple(files), tensors, text, is_best, staging, called, stall_s)
-        self._thread = threading.Thread(target=self._run, args=(snapshot,), name=f"save {step_name(step)}")
-        self._thread.start()
+        self._in_flight = self._writer.submit(self._run, snapshot)
         if wait:
             self.wait()
 
@@ -174,15 +177,17 @@ class CheckpointStore:
         return self.last_error is None
 
     def close(self) -> None:
-        """Let a save in flight end; errors stay where they are."""
+        """Let a save in flight end, but wait for no dead rank; nothing is saved afterwards. Raises nothing."""
+        self._closed_at = time.monotonic()
         self._join()
+        self._writer.shutdown()
         if self._rank == 0 and self._guard is not None:
             self._remove_own_staging(before_save=self._saves + 1)
 
     def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._in_flight is not None:
+            self._in_flight.result()
+            self._in_flight = None
 
     def _raise_if_due(self) -> None:
         error, self._raise_next = self._raise_next, None
@@ -252,7 +257,7 @@ class CheckpointStore:
             self._move_pointers(snapshot, ("best",) if snapshot.best else ())
             return
         files = staging.write_payload(snapshot.payload())
-        files |= staging.collect_notes(self._rank_timeout_s, self._guard.check)
+        files |= staging.collect_notes(self._rank_timeout_s, self._check_waiting)
         files[STATE] = FileEntry.of(snapshot.meta)
         manifest = Manifest(snapshot.step, *self._owner, self._world_size, snapshot.best, files)
         staging.write_manifest(manifest, snapshot.meta)
@@ -262,6 +267,13 @@ class CheckpointStore:
         size = sum(entry.size for entry in files.values())
         self.last_save = SaveReport(snapshot.step, size, snapshot.stall_s, time.perf_counter() - snapshot.called)
         self._rotate(snapshot.step)
+
+    def _check_waiting(self) -> None:
+        """Ends a wait that has become useless."""
+        assert self._guard is not None
+        self._guard.check()
+        if self._closed_at is not None and time.monotonic() - self._closed_at > CLOSING_TIMEOUT_S:
+            raise SaveFailed("the training ended before every rank had written its part")
 
     def _stands(self, step: int) -> bool:
         """Whether a sound checkpoint of this step is there already."""

@@ -65,9 +65,11 @@ def run_phase(run: Run, phase: ActivePhase) -> str | None:
         last = progress.phase_step == phase.steps
         evaluates = last or phase.evaluates_after(progress.phase_step)
         logs = evaluates or progress.step % config.logging.every_steps == 0
-        run.watch(update, logging=logs)
+        trouble = run.watch(update, logging=logs)
         if logs:
             run.log_step(phase, loss, targets, update)
+        if trouble is not None:
+            return trouble
         best = run.evaluate(phase) if evaluates else False
         if best or last or progress.phase_over or phase.saves_after(progress.phase_step, progress.step):
             run.save(phase, best=best)
@@ -81,15 +83,10 @@ def forward_backward(run: Run, phase: ActivePhase, batches: list[Batch], targets
         if phase.draws_noise:
             torch.manual_seed(stream_seed(run.config.seed, "dropout", run.progress.step, index, run.rank))
         with run.engine.micro_batch(last=index == len(batches) - 1) as model:
-            loss = run.objective.loss(model, run.to_device(batch), run.stream(index, batch))
+            loss = run.objective.loss(model, run.to_device(batch), run.streams.enter(index, batch))
             run.engine.backward(run.engine.normalise(loss.total, targets))
-        run.streams[index] = detached(loss.state)
+        run.streams.leave(index, loss.state)
         summed = loss.total.detach()
         total = summed if total is None else total + summed
     assert total is not None
     return total
-
-
-def detached(state: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
-    """Runtime state without its graph: gradients end at the chunk's border (truncated back-propagation)."""
-    return None if state is None else {name: tensor.detach() for name, tensor in state.items()}

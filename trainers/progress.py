@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -42,9 +43,10 @@ class Progress:
     def judge(self, metrics: dict[str, float], rule: EarlyStoppingConfig) -> bool:
         """Take in an evaluation; True when it is the best of the phase so far."""
         value = metrics[rule.metric]
-        improved = self.best is None or (
-            value < self.best - rule.min_delta if rule.mode == "min" else value > self.best + rule.min_delta
-        )
+        if rule.mode == "min":
+            improved = not math.isnan(value) and (self.best is None or value < self.best - rule.min_delta)
+        else:
+            improved = not math.isnan(value) and (self.best is None or value > self.best + rule.min_delta)
         if improved:
             self.best = value
             self.evaluations_without_improvement = 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +24,7 @@ from trainers.engine import TorchEngine, Update
 from trainers.environment import environment, explain_difference
 from trainers.errors import CheckpointError, TrainingFailed
 from trainers.evaluate import evaluate
+from trainers.meter import Meter
 from trainers.models import apply_switches
 from trainers.models.state import LanguageModel
 from trainers.objectives import build_objective
@@ -33,6 +33,7 @@ from trainers.progress import Outcome, Progress
 from trainers.record import MetricsRecord
 from trainers.samples import write_samples
 from trainers.seeds import restore_rng, rng_tensors, seed_everything, stream_seed
+from trainers.streams import Streams
 
 State = dict[str, torch.Tensor]
 
@@ -68,9 +69,9 @@ class Run:
             compile=config.compile,
             deterministic=config.deterministic,
         )
-        self.streams: list[State | None] = []
-        """runtime state of each micro-batch's rows; None for models without any"""
-
+        self.streams = Streams(
+            cast(LanguageModel, self.model), config.micro_sequences, config.accumulation, self.device
+        )
         self.store = CheckpointStore(
             ctx.run_dir / "checkpoints",
             ctx.guard,
@@ -86,7 +87,7 @@ class Run:
         self._environment = environment(self.device, ctx.world_size, config.compile)
         self._resumed_in_phase: Checkpoint | None = None
         self._last_save = time.monotonic()
-        self._last_log = (time.perf_counter(), 0)
+        self.meter = Meter(self.device)
 
     # ---- resume ---------------------------------------------------------------------------------
 
@@ -127,7 +128,7 @@ class Run:
             )
         tensors = checkpoint.load(own)
         restore_rng(tensors)
-        self.streams = _streams_from(tensors, self.config.accumulation, self.device)
+        self.streams.load(tensors)
         self._resumed_in_phase = checkpoint
 
     def _start_from(self, run_dir: Path) -> None:
@@ -152,9 +153,9 @@ class Run:
         else:
             if spec.index > 0:
                 self.engine.begin_phase(spec.optim, keep_optimizer=spec.hand_over == "optimizer")
-            self.streams = [self._fresh_state() for _ in range(self.config.accumulation)]
+            self.streams.begin()
         self.model.train()
-        self._last_log = (time.perf_counter(), self.progress.tokens)
+        self.meter.start(self.progress.tokens)
         return phase
 
     def close_phase(self, phase: ActivePhase) -> None:
@@ -163,10 +164,6 @@ class Run:
             self.progress.next_phase()
         else:
             self.progress.phase = len(self.phases)
-
-    def _fresh_state(self) -> State | None:
-        state = cast(LanguageModel, self.model).initial_state(self.config.micro_sequences)
-        return None if state is None else {name: tensor.to(self.device) for name, tensor in state.items()}
 
     # ---- between steps --------------------------------------------------------------------------
 
@@ -180,39 +177,36 @@ class Run:
             reason = self.peers.from_first(reason) or reason or "stopped by another worker"
         return int(total), reason, bool(saves)
 
-    def watch(self, update: Update, *, logging: bool) -> None:
-        """Apply the non-finite policy to what the update met; raises TrainingFailed under `raise` and `stop`.
+    def watch(self, update: Update, *, logging: bool) -> str | None:
+        """Apply the non-finite policy to what the update met: a reason to save and stop, TrainingFailed, or nothing.
 
-        On an accelerator the counters are read on logging steps only; the weights are untouched until then.
+        The bad update was left out on every rank. On an accelerator the counters are read on logging steps only.
         """
         if not self.engine.should_check(update, logging=logging):
-            return
+            return None
         policy = self.phases[self.progress.phase].optim
         run_of_them = self.engine.consecutive_nonfinite()
         if run_of_them == 0:
-            return
+            return None
         when = "at" if self.engine.device.type == "cpu" else "at or before"
         what = f"the loss or a gradient was not finite {when} step {self.progress.step}"
         self.ctx.note(f"{what} (policy {policy.on_nonfinite}); the update was left out")
         if policy.on_nonfinite == "raise":
             raise TrainingFailed(f"{what}. Lower optim.lr or set optim.on_nonfinite=skip.")
-        if policy.on_nonfinite == "stop" or run_of_them >= policy.nonfinite_limit:
+        if run_of_them >= policy.nonfinite_limit:
             raise TrainingFailed(f"{what}, {run_of_them} in a row. The last good checkpoint stands; lower optim.lr.")
+        return "nonfinite" if policy.on_nonfinite == "stop" else None
 
     def log_step(self, phase: ActivePhase, loss: torch.Tensor, targets: int, update: Update) -> None:
         """Write this step's training metrics (waits for the device: only on logging steps)."""
         (total,) = self.peers.sum((loss.item(),))
         if self.record is None:
             return
-        now, tokens = time.perf_counter(), self.progress.tokens
-        then, before = self._last_log
-        self._last_log = (now, tokens)
         metrics = {
             "train/loss": total / targets,
             "train/lr": phase.lr(self.progress.phase_step - 1),
             "train/grad_norm": float(update.grad_norm),
-            "perf/tokens_per_s": (tokens - before) / max(now - then, 1e-9),
-            "mem/peak_gib": peak_memory_gib(self.device),
+            **self.meter.read(self.progress.tokens),
         }
         incidents = self.engine.read_incidents()
         if incidents:
@@ -221,6 +215,10 @@ class Run:
 
     def evaluate(self, phase: ActivePhase) -> bool:
         """Score the validation text, judge early stopping, write samples; True when it is the best of the phase."""
+        with self.meter.pause():
+            return self._evaluate(phase)
+
+    def _evaluate(self, phase: ActivePhase) -> bool:
         started = time.perf_counter()
         metrics = evaluate(
             self.engine.module,
@@ -247,8 +245,6 @@ class Run:
                 phase.data.validation,
                 self.ctx.run_dir / "samples" / f"step-{self.progress.step:08d}.json",
             )
-        now, tokens = self._last_log
-        self._last_log = (now + time.perf_counter() - started, tokens)
         return improved and self.config.checkpoint.save_best
 
     def _write(self, phase: ActivePhase, metrics: dict[str, float]) -> None:
@@ -276,7 +272,7 @@ class Run:
 
     def _files(self) -> dict[str, State]:
         """What this rank puts into a checkpoint: live tensors by file and name."""
-        own = {f"rank-{self.rank:05d}": {**rng_tensors(), **_streams_to(self.streams)}}
+        own = {f"rank-{self.rank:05d}": {**rng_tensors(), **self.streams.tensors()}}
         return {**self.engine.tensors(), **own} if self.rank == 0 else own
 
     def _sync_record(self) -> None:
@@ -309,25 +305,6 @@ class Run:
         if self.record is not None:
             self.record.close()
 
-    # ---- a micro-batch --------------------------------------------------------------------------
-
-    def stream(self, index: int, batch: Batch) -> State | None:
-        """The runtime state that micro-batch `index` goes on from; fresh in the rows where a text begins."""
-        state = self.streams[index]
-        if state is None:
-            return None
-        fresh = self._fresh_state()
-        assert fresh is not None
-        if batch.starts is None:  # shuffled rows: none goes on where another ended
-            return fresh
-        if not bool(batch.starts.any()):
-            return state
-        starts = batch.starts.to(self.device)
-        return {
-            name: torch.where(starts.view(-1, *[1] * (tensor.dim() - 1)), fresh[name], tensor)
-            for name, tensor in state.items()
-        }
-
     def to_device(self, batch: Batch) -> Batch:
         if self.device.type == "cpu":
             return batch
@@ -345,28 +322,3 @@ def write_outcome(ctx: RunContext, outcome: Outcome) -> None:
     with ctx.guard.held():
         temporary.write_text(json.dumps(outcome.to_json()) + "\n", encoding="utf-8")
         os.replace(temporary, path)
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory: allocated on the accelerator, resident in the process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _streams_to(streams: list[State | None]) -> State:
-    return {
-        f"stream/{index}/{name}": tensor
-        for index, state in enumerate(streams)
-        for name, tensor in (state or {}).items()
-    }
-
-
-def _streams_from(tensors: State, accumulation: int, device: torch.device) -> list[State | None]:
-    streams: list[State | None] = [None] * accumulation
-    for key, tensor in tensors.items():
-        if key.startswith("stream/"):
-            _, index, name = key.split("/", 2)
-            state = streams[int(index)] or {}
-            streams[int(index)] = {**state, name: tensor.to(device)}
-    return streams

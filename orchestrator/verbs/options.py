@@ -20,7 +20,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document for 
 Settings = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[PRESET|FILE.yaml|RUN] [PATH=VALUE]...",
+        metavar="PRESET|FILE.yaml|RUN PATH=VALUE",
         help="What to train: a preset, a YAML file or an existing run (default: fundamentallm/small). "
         "Then any setting by its path, such as budget.steps=300 or optim.lr=1e-3.",
         show_default=False,

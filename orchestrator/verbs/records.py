@@ -28,7 +28,7 @@ def runs(runs_dir: options.RunsDir = options.DEFAULT_RUNS, json: options.Json = 
     if not found:
         out().print(f"No runs in {runs_dir.absolute()}. Start one: orchestrate train --name first-run", soft_wrap=True)
         return 0
-    out().print(runs_table(found))
+    runs_table(found, out())
     return 0
 
 
@@ -41,12 +41,12 @@ def status(name: options.RunName, runs_dir: options.RunsDir = options.DEFAULT_RU
       orchestrate status first-run --json
     """
     from orchestrator.console import out, print_json
-    from orchestrator.runs_table import status_json, status_table
+    from orchestrator.runs_table import status_table
     from orchestrator.status import read_status
 
     found = read_status(runs_dir.absolute(), name)
     if json:
-        print_json(status_json(found))
+        print_json(found.to_json())
         return 0
     status_table(found, out())
     return 0

@@ -62,9 +62,9 @@ def generate(
     [bold]Examples[/bold]
 
       orchestrate generate first-run --prompt "ROMEO:"
-      orchestrate generate first-run --prompt "def " --greedy --max-tokens 80 --stop "\\n\\n"
-      orchestrate generate first-run                     an interactive session, /help inside
-      orchestrate generate first-run --prompts-file prompts.txt --json > texts.json
+      orchestrate generate first-run --prompt "def " --greedy --stop "."
+      orchestrate generate first-run                 (a session, /help inside)
+      orchestrate generate first-run --prompts-file prompts.txt --json
     """
     from orchestrator.writing import Wish, write_texts
 
@@ -105,7 +105,7 @@ def evaluate(
 
     [bold]Examples[/bold]
 
-      orchestrate evaluate first-run                     on the text that was held out
+      orchestrate evaluate first-run                 (on the held-out text)
       orchestrate evaluate first-run other.txt --json
     """
     from orchestrator.scoring import score_run

@@ -42,11 +42,11 @@ def train(
       orchestrate train fundamentallm/small --data book.txt budget.epochs=3
       orchestrate train codelm/tiny optim.lr=1e-3 batch.sequences=16
       orchestrate train mine.yaml --workers 2 --precision bf16
-      orchestrate train first-run                        continue it
-      orchestrate train first-run budget.epochs=+1       train a finished run further
+      orchestrate train first-run                    (goes on with it)
+      orchestrate train first-run budget.epochs=+1   (a finished run: longer)
 
-    Ctrl-C saves a checkpoint and stops. Exit codes: 0 done, 1 internal error, 2 bad input, 3 training failed,
-    75 stopped and resumable.
+    Ctrl-C saves a checkpoint and stops.
+    Exit codes: 0 done, 1 internal error, 2 bad input, 3 training failed, 75 stopped and resumable.
     """
     from orchestrator.target import Flags
 
@@ -119,9 +119,9 @@ def show(
 
     [bold]Examples[/bold]
 
-      orchestrate show codelm/large > mine.yaml          edit it, then: orchestrate train mine.yaml
+      orchestrate show codelm/large > mine.yaml
       orchestrate show fundamentallm/small model.dropout=0
-      orchestrate show first-run                         what a run was started with
+      orchestrate show first-run                     (what a run is made of)
     """
     import sys
 
@@ -145,7 +145,7 @@ def presets(json: options.Json = False) -> int:
     [bold]Examples[/bold]
 
       orchestrate presets
-      orchestrate show fundamentallm/small               everything one of them sets
+      orchestrate show fundamentallm/small           (all that one of them sets)
       orchestrate train fundamentallm/small optim.lr=1e-3
     """
     from orchestrator.console import out, print_json

@@ -1,4 +1,4 @@
-"""Laws of the display: nothing is lost, nothing floods, nothing a file holds drives the terminal, no reader is needed."""
+"""Laws of the display: nothing is lost, nothing floods, no file drives the terminal, no reader is needed."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_the_remaining_time_follows_the_pace() -> None:
 
 def test_packing_reports_the_end_and_at_most_every_two_seconds() -> None:
     display, screen, clock = make()
-    for done in range(0, 1001):
+    for done in range(1001):
         display.packing(done, 1000, "packing training text of main")
         clock.now += 0.01
     display.close()
@@ -156,7 +156,10 @@ print("still here", file=sys.stderr)
 
 
 def test_under_json_progress_goes_to_standard_error() -> None:
-    script = "from orchestrator.display import Display; d = Display('header', 9, terminal=False, json=True); d.note('n'); d.close()"
+    script = (
+        "from orchestrator.display import Display;"
+        "d = Display('header', 9, terminal=False, json=True); d.note('n'); d.close()"
+    )
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
     assert done.stdout == "" and done.stderr == "header\nn\n"

@@ -88,7 +88,15 @@ def test_optimizer_state_is_counted_as_torch_keeps_it(optim: OptimConfig, values
 
     assert optimizer_values(optim) == values
     model = torch.nn.Linear(8, 8)
-    engine = TorchEngine(model, optim=optim, precision=PrecisionConfig(), device=torch.device("cpu"), world_size=1)
+    engine = TorchEngine(
+        model,
+        optim=optim,
+        precision=PrecisionConfig(),
+        device=torch.device("cpu"),
+        world_size=1,
+        compile=False,
+        deterministic=False,
+    )
     with engine.micro_batch(last=True) as module:
         engine.backward(module(torch.ones(1, 8)).sum())
     engine.update(0.1)
@@ -149,7 +157,7 @@ def test_an_epoch_is_as_long_as_the_loader_says(n_tokens: int) -> None:
     assert steps_per_epoch(TINY, [n_tokens, None]) is None
 
 
-# ---- the verb ---------------------------------------------------------------------------------------------------------
+# ---- the verb ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -51,7 +51,10 @@ def history(run: TrackedRun, key: str) -> list[tuple[int, float]]:
 
 
 def rows(count: int, time_ms: int = 1_700_000_000_000) -> list[dict]:
-    return [{"step": s, "tokens": 8 * s, "time_ms": time_ms + s, "phase": "main", "train/loss": 1 / s} for s in range(1, count + 1)]
+    return [
+        {"step": s, "tokens": 8 * s, "time_ms": time_ms + s, "phase": "main", "train/loss": 1 / s}
+        for s in range(1, count + 1)
+    ]
 
 
 # ---- exactly once -----------------------------------------------------------------------------------------------
@@ -184,9 +187,10 @@ def test_a_new_store_is_private_and_the_terminal_stays_quiet(tmp_path: Path) -> 
         "run.finish('FINISHED', 'completed')"
     )
     runs = tmp_path / "runs of 100%"
-    commands = [subprocess.Popen([sys.executable, "-c", code, str(runs)], cwd=ROOT, stdout=-1, stderr=-1) for _ in range(2)]
-    said = [process.communicate(timeout=120) for process in commands]
-    assert said == [(b"", b"")] * 2 and [process.returncode for process in commands] == [0, 0]
+    command = [sys.executable, "-c", code, str(runs)]
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    said = [process.communicate(timeout=120) for process in both]
+    assert said == [(b"", b"")] * 2 and [process.returncode for process in both] == [0, 0]
     assert stat.S_IMODE((runs / "mlflow.db").stat().st_mode) == 0o600
     with sqlite3.connect(runs / "mlflow.db") as database:
         assert database.execute("SELECT count(*) FROM runs WHERE status = 'FINISHED'").fetchone() == (2,)
@@ -219,7 +223,9 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
         open_store(tmp_path)
 
 
-def test_the_environment_names_store_and_experiment(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_names_store_and_experiment(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
     elsewhere = open_store(tmp_path / "elsewhere")
@@ -241,7 +247,9 @@ PLANTED = {
 }
 
 
-def test_planted_secrets_reach_neither_params_nor_tags(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planted_secrets_reach_neither_params_nor_tags(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SOME_API_KEY", "correct horse battery")
     planted = PLANTED | {"password": "swordfish-77", "environment": "it was correct horse battery, I think"}
     run = begin(store, tags=planted, params={"data": planted})

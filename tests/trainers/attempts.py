@@ -99,9 +99,7 @@ def sabotage(piece: str | None) -> None:
         fetch = RowLoader.micro_batches
         RowLoader.micro_batches = lambda self, step: fetch(self, max(0, step - 1))  # type: ignore[method-assign]
     elif piece == "stream_state":
-        run._streams_from = lambda tensors, accumulation, device: [
-            {"memory": torch.zeros(2, 8)} for _ in range(accumulation)
-        ]
+        run.Streams.load = lambda self, tensors: self.begin()
     elif piece == "patience":
         from_json = run.Progress.from_json
         run.Progress.from_json = staticmethod(  # type: ignore[method-assign]

@@ -511,6 +511,14 @@ def test_a_rank_that_fails_or_is_silent_fails_the_save_and_not_the_next(director
     assert found is not None and found.step == 3 and not list(directory.glob(".tmp-*"))
 
 
+def test_closing_waits_for_no_dead_rank(directory: Path, guard: Guard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainers.checkpoint.CLOSING_TIMEOUT_S", 0.1)
+    first, _ = ranks(directory, guard, 2, rank_timeout_s=3600)
+    first.save(1, share(1, 0), {})
+    first.close()
+    assert "the training ended before" in str(first.last_error) and not list(directory.iterdir())
+
+
 def test_a_superseded_store_commits_nothing(directory: Path, claim: Claim) -> None:
     old_guard = Guard.begin_attempt(claim.run_dir, claim.generation)
     disk = Slow()

@@ -17,7 +17,7 @@ from trainers.errors import DataError
 POLL_S = 0.05
 TELL_S = 1.0
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
+NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
 def build_once(target: Path, build: Callable[[Path], None], progress: Progress) -> None:
@@ -38,13 +38,16 @@ def build_once(target: Path, build: Callable[[Path], None], progress: Progress) 
             if not target.is_dir():
                 _build(target, build)
     except OSError as error:
-        if error.errno in NO_ROOM:
-            raise DataError(
-                f"no room on the disk for {target} ({error.strerror}). Free some, or move --runs-dir."
-            ) from None
-        if error.errno in NOT_ALLOWED:
-            raise DataError(f"no permission to write {target} ({error.strerror}). Set another --runs-dir.") from None
-        raise
+        raise unwritable(target, error) from None
+
+
+def unwritable(path: Path, error: OSError) -> DataError | OSError:
+    """The error for a cache that cannot be written; `error` itself where it is about something else."""
+    if error.errno in NO_ROOM:
+        return DataError(f"no room on the disk for {path} ({error.strerror}). Free some, or set another --runs-dir.")
+    if error.errno in NOT_ALLOWED:
+        return DataError(f"{path} cannot be written ({error.strerror}). Set another --runs-dir.")
+    return error
 
 
 def _build(target: Path, build: Callable[[Path], None]) -> None:

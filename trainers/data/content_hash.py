@@ -8,6 +8,7 @@ import os
 import time
 from pathlib import Path
 
+from trainers.data.build_once import unwritable
 from trainers.data.reading import unreadable
 
 CORPUS_FORMAT = 1  # part of every content hash: raise it when the same bytes come to yield other text
@@ -33,15 +34,14 @@ class FileHashes:
                 stat = os.fstat(file.fileno())
                 key = digest(str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino)
                 known = self._known.get(key) or self._read(key)
-                if known is None:
-                    known = hashlib.file_digest(file, "sha256").hexdigest()
-                    if time.time_ns() - stat.st_mtime_ns > SETTLED_NS:
-                        self._write(key, known)
+                if known is not None:
+                    return known
+                found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise unreadable(path, error) from None
         if time.time_ns() - stat.st_mtime_ns > SETTLED_NS:
-            self._known[key] = known
-        return known
+            self._remember(key, found)
+        return found
 
     def _read(self, key: str) -> str | None:
         if self._directory is None:
@@ -52,10 +52,14 @@ class FileHashes:
             return None
         return known if len(known) == 64 else None
 
-    def _write(self, key: str, known: str) -> None:
+    def _remember(self, key: str, known: str) -> None:
+        self._known[key] = known
         if self._directory is None:
             return
-        self._directory.mkdir(parents=True, exist_ok=True)
-        temporary = self._directory / f".{key}-{os.getpid()}"
-        temporary.write_text(known)
-        os.replace(temporary, self._directory / key)
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            temporary = self._directory / f".{key}-{os.getpid()}"
+            temporary.write_text(known)
+            os.replace(temporary, self._directory / key)
+        except OSError as error:
+            raise unwritable(self._directory, error) from None

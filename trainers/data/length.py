@@ -28,6 +28,9 @@ def refuse_short(
     known = [row for row in rows if row is not None]
     who = f"phase {phase!r} ({', '.join(corpora)})"
     fraction = next(p for p in config.resolved_phases() if p.name == phase).data.validation.fraction
+    if len(known) == len(rows) and sum(known) < sequences:
+        rule = f"data.sequence_length {length} x {sequences} sequences a step + 1"
+        _refuse(who, length * sequences + 1, rule, sum(t for t in train_tokens if t is not None), fraction)
     if 0 in known:
         _refuse(
             who,
@@ -36,9 +39,6 @@ def refuse_short(
             min(t for t in train_tokens if t is not None),
             fraction,
         )
-    if len(known) == len(rows) and sum(known) < sequences:
-        rule = f"data.sequence_length {length} x {sequences} sequences a step + 1"
-        _refuse(who, length * sequences + 1, rule, sum(t for t in train_tokens if t is not None), fraction)
     if validation_tokens is not None and validation_tokens < 2:
         raise DataError(
             f"{who}: the held-out part has {validation_tokens} tokens, at least 2 are needed to score one. "

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 PIECE_CHARS = 1 << 20
-CHUNK_CHARS = 1 << 16
+CHUNK_CHARS = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)

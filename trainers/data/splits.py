@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -85,14 +86,13 @@ def measure(corpus: Corpus, split: SplitConfig, progress: Progress = silent) -> 
 
 
 def _bytes_before(corpus: Corpus, table: np.ndarray, train_chars: int) -> int:
-    """UTF-8 bytes in front of the cut, exact but for the share of the one piece it falls into."""
+    """UTF-8 bytes in front of the cut; the piece it falls into is read again where it is not ASCII."""
     ends = np.cumsum(table[:, 0])
-    whole = int(np.searchsorted(ends, train_chars, side="right"))
-    before = int(table[:whole, 1].sum())
-    if whole == len(table):
-        return before
-    within = train_chars - (int(ends[whole - 1]) if whole else 0)
-    return before + within * int(table[whole, 1]) // int(table[whole, 0])
+    whole = int(np.searchsorted(ends, train_chars, side="right"))  # pieces before that one
+    before, within = int(table[:whole, 1].sum()), train_chars - (int(ends[whole - 1]) if whole else 0)
+    if within == 0 or table[whole, 0] == table[whole, 1]:
+        return before + within
+    return before + utf8_length(next(islice(corpus.pieces(), whole, None)).text[:within])
 
 
 def _both_sides(corpus: Corpus, split: SplitConfig, train: int, held_out: int, unit: str, total: int) -> None:

@@ -58,7 +58,7 @@ def _key(config: TokenizerConfig, sources: Sequence[Source], hashes: FileHashes)
 
 
 class Sample:
-    """The text a tokenizer is trained on: all training text up to `sample_bytes`, else stretches of 64 K characters
+    """The text a tokenizer is trained on: all training text up to `sample_bytes`, else stretches of 16 K characters
     spread evenly over it. A stream gives its first training documents."""
 
     def __init__(self, config: TokenizerConfig, sources: Sequence[Source], opened: Opened) -> None:

@@ -128,7 +128,11 @@ def test_what_is_no_text_is_refused_with_file_and_byte(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
 def test_a_truncated_or_damaged_archive_is_refused_at_every_length(tmp_path: Path, name: str, suffix: str) -> None:
-    content = {"a.txt": b"To be, or not to be. " * 9, "a.jsonl": jsonl(DOCUMENTS[:3]), "a.parquet": parquet(DOCUMENTS[:3])}
+    content = {
+        "a.txt": b"To be, or not to be. " * 9,
+        "a.jsonl": jsonl(DOCUMENTS[:3]),
+        "a.parquet": parquet(DOCUMENTS[:3]),
+    }
     whole = PACKINGS[suffix](content[name])
     path = tmp_path / (name + suffix)
     for length in {1, 5, 10, len(whole) // 2, len(whole) - 5, len(whole) - 1}:
@@ -160,7 +164,9 @@ def test_two_archives_one_behind_the_other_are_one_text(tmp_path: Path) -> None:
         (b'{"text": "\xff"}', "not UTF-8 at byte 10"),
     ],
 )
-def test_the_first_bad_line_of_a_jsonl_is_named_and_the_others_counted(tmp_path: Path, line: bytes, reason: str) -> None:
+def test_the_first_bad_line_of_a_jsonl_is_named_and_the_others_counted(
+    tmp_path: Path, line: bytes, reason: str
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl(["good", "good"]) + b"\n" + line + b"\n" + jsonl(["good"]) + line)
     message = refusal(path)

@@ -1,0 +1,113 @@
+"""P1: a step of our loop against a step of the bare one, in one process, losses equal bit for bit."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from benchmarks.bare_loop import BareLoop
+from benchmarks.measure import Cost, Figure, noise_of, ratio, report, rounds, timed
+from benchmarks.workload import BareJob, OurLoop, our_loop, scratch, small_as_shipped, two_million
+from trainers.config import RunConfig
+from trainers.record import series
+
+BAR = 1.02
+BLOCK = 20  # steps between two looks at the clock
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the blocks of every loop took, and whether they computed the same."""
+
+    costs: dict[str, list[Cost]]
+    equal_losses: int
+    """logged losses that are the same bits on both sides"""
+    losses: int
+    equal_weights: bool
+
+    def ratio(self, ours: str, theirs: str, attribute: str = "seconds"):  # type: ignore[no-untyped-def]
+        return ratio(*([getattr(cost, attribute) for cost in self.costs[side]] for side in (ours, theirs)))
+
+    def median_step_ms(self, side: str) -> float:
+        return float(np.median([cost.seconds for cost in self.costs[side]])) / BLOCK * 1e3
+
+
+def compare(config: RunConfig, *, pairs: int, warm_up: int, seeded: bool = True) -> Comparison:
+    """`pairs` rounds of a block of our loop, of the bare one and of the bare one again (the A/A control).
+
+    seeded: the bare loops seed the dropout masks of each step as ours does, without which losses cannot be compared.
+    """
+    total = (pairs + warm_up) * BLOCK
+    with scratch() as folder, our_loop(config, folder) as ours:
+        job = BareJob.of(ours, total)
+        bare, control = job.loop(ours.run.model), job.loop(ours.run.model)
+        if not seeded:
+            bare.seeds = control.seeds = None
+        sides = {
+            "ours": functools.partial(timed, functools.partial(ours.steps, BLOCK)),
+            "bare": functools.partial(timed, functools.partial(_steps, bare)),
+            "control": functools.partial(timed, functools.partial(_steps, control)),
+        }
+        rounds(sides, warm_up)
+        costs = rounds(sides, pairs)
+        equal, count = _equal_losses(ours, bare)
+        return Comparison(costs, equal, count, _equal_weights(ours, bare))
+
+
+def _steps(loop: BareLoop) -> None:
+    for _ in range(BLOCK):
+        loop.step()
+
+
+def _equal_losses(ours: OurLoop, bare: BareLoop) -> tuple[int, int]:
+    """Ours is recorded as sum / count in float64; the bare one is the float32 of the same quotient."""
+    logged = [np.float32(value) for _, value in series(ours.ctx.run_dir / "metrics.jsonl", "train/loss")]
+    assert len(logged) == len(bare.losses), (len(logged), len(bare.losses))
+    return sum(a == np.float32(b) for a, b in zip(logged, bare.losses, strict=True)), len(logged)
+
+
+def _equal_weights(ours: OurLoop, bare: BareLoop) -> bool:
+    both = zip(ours.run.model.parameters(), bare.model.parameters(), strict=True)
+    return all(torch.equal(mine, theirs) for mine, theirs in both)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--pairs", type=int, default=40)
+    options = parser.parse_args(arguments)
+    pairs, warm_up = (1, 1) if options.quick else (options.pairs, 3)
+
+    figures: list[Figure] = []
+    samples = {}
+    for name, build, seeded in (
+        ("2 M parameters", two_million, True),
+        ("fundamentallm/small", small_as_shipped, True),
+        ("fundamentallm/small, peer unseeded", small_as_shipped, False),
+    ):
+        count = pairs if build is two_million else pairs * 2
+        found = compare(build((count + warm_up) * BLOCK + 1), pairs=count, warm_up=warm_up, seeded=seeded)
+        control = found.ratio("control", "bare")
+        bar = BAR if build is two_million else None
+        figures += [
+            Figure.of(f"{name}: our step / bare step", found.ratio("ours", "bare"), bar=bar, noise=noise_of(control)),
+            Figure.of(f"{name}: CPU seconds, ours / bare", found.ratio("ours", "bare", "cpu_seconds")),
+            Figure.of(f"{name}: control, bare / bare", control),
+            Figure(f"{name}: bare step", found.median_step_ms("bare"), "ms"),
+        ]
+        if seeded:
+            share = found.equal_losses / found.losses
+            figures.append(Figure(f"{name}: losses equal bit for bit", share, "of all", bar=1.0, at_least=True))
+            figures.append(
+                Figure(f"{name}: weights equal at the end", float(found.equal_weights), "(1: yes)", bar=1, at_least=True)
+            )
+        samples[name] = found.costs
+    report("step_overhead", figures, quick=options.quick, steps_a_block=BLOCK, samples=samples)
+
+
+if __name__ == "__main__":
+    main()

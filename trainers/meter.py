@@ -1,0 +1,41 @@
+"""Meter: how fast a run goes and how much memory it takes."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Meter:
+    """Speed since the last reading, without the time spent under `pause`."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.start(0)
+
+    def start(self, tokens: int) -> None:
+        """Begin a new interval at `tokens` trained."""
+        self._since, self._tokens = time.perf_counter(), tokens
+
+    def read(self, tokens: int) -> dict[str, float]:
+        """perf/tokens_per_s since the last reading (all ranks together) and mem/peak_gib of this process."""
+        seconds, done = time.perf_counter() - self._since, tokens - self._tokens
+        self.start(tokens)
+        return {"perf/tokens_per_s": done / max(seconds, 1e-9), "mem/peak_gib": self._peak_gib()}
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens inside is no training: evaluations."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
+    def _peak_gib(self) -> float:
+        """Allocated on the accelerator; resident in the process on the CPU."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
