@@ -13,6 +13,7 @@ from typing import Any
 from trainers.config import NAME_PATTERN, RunConfig
 from trainers.config_io import differences, dump_yaml, fingerprint, fingerprint_fields
 from trainers.errors import ConfigError, UserError
+from trainers.initial import initial_hash
 
 IDENTITY = "identity.json"
 OUTCOME = "outcome.json"
@@ -62,8 +63,8 @@ def settle(config: RunConfig, request: Request, data_hashes: tuple[str, ...]) ->
 
     Raises ConfigError when the name is taken by a run with another fingerprint, listing the fields.
     """
-    fields = fingerprint_fields(config, data_hashes, init_hash(config))
-    digest = fingerprint(config, data_hashes, init_hash(config))
+    start = initial_hash(config)
+    fields, digest = fingerprint_fields(config, data_hashes, start), fingerprint(config, data_hashes, start)
     name = request.name or f"{config.preset.replace('/', '-')}-{digest[:8]}"
     run_dir = confined(request.runs_dir, name)
     if request.fresh and run_dir.exists():
@@ -80,22 +81,6 @@ def settle(config: RunConfig, request: Request, data_hashes: tuple[str, ...]) ->
         f"run {name!r} exists with another configuration (left: the run, right: this command):\n  {changed}\n"
         f"Give this one another --name, or --fresh to start {name}-2, or repeat the run's own settings to continue it."
     )
-
-
-def init_hash(config: RunConfig) -> str:
-    """What identifies the weights `init_from` starts from: the manifest of that run's best or newest checkpoint."""
-    if config.init_from is None:
-        return ""
-    checkpoints = Path(config.init_from) / "checkpoints"
-    for pointer in ("best", "latest"):
-        path = checkpoints / pointer
-        if path.is_file():
-            manifest = checkpoints / path.read_text(encoding="utf-8").strip() / "manifest.json"
-            if manifest.is_file():
-                import hashlib
-
-                return hashlib.sha256(manifest.read_bytes()).hexdigest()
-    raise ConfigError(f"--init-from {config.init_from}: no checkpoint there. `orchestrate runs` lists the runs.")
 
 
 def confined(runs_dir: Path, name: str) -> Path:

@@ -126,8 +126,8 @@ class Feeder:
         if self._thread.ident is not None:
             self._thread.join(deadline_s)
         pending = count_rows(self._metrics_path, self._position.offset)
-        left = f"{len(self._errands)} files or tags not sent" if self._errands else None
-        return Delivered(self._rows, pending, self._problem or left)
+        late = f"{deadline_s:g} s were not enough" if pending or self._errands else None
+        return Delivered(self._rows, pending, self._problem or late)
 
     # ---- the thread -----------------------------------------------------------------------------
 
@@ -143,7 +143,7 @@ class Feeder:
             closing_by = self._closing_by
             if closing_by is not None or now >= self._retry_at:
                 idle = self._deliver()
-                if closing_by is not None and (idle or time.monotonic() >= closing_by):
+                if closing_by is not None and (idle or self._out_of_time()):
                     return
             waits = CLOSING_RETRY_S if closing_by is not None else POLL_S
             self._wake.wait(waits)
@@ -156,7 +156,7 @@ class Feeder:
         try:
             self._send_rows()
             self._send_system()
-            while self._send_errand():
+            while not self._out_of_time() and self._send_errand():
                 pass
         except (TrackingUnavailable, OSError) as error:  # OSError: no room for the position; nothing is lost by it
             self._note_absence(str(error))
@@ -170,9 +170,9 @@ class Feeder:
         return True
 
     def _send_rows(self) -> None:
-        """Send the record to its present end, some rows at a time."""
+        """Send the record to its present end, or until the time to close has run out, some rows at a time."""
         waiting = read_rows(self._metrics_path, offset=self._position.offset)
-        while chunk := list(islice(waiting, CHUNK_ROWS)):
+        while not self._out_of_time() and (chunk := list(islice(waiting, CHUNK_ROWS))):
             rows = self._once([row for row, _ in chunk])
             self._run.log_metrics(rows)
             for name, run in self._phase_runs.items():
@@ -181,6 +181,9 @@ class Feeder:
             self._position = Position(self._run.run_id, offset=chunk[-1][1], step=highest)
             write_position(self._state_path, self._position)
             self._rows += len(rows)
+
+    def _out_of_time(self) -> bool:
+        return self._closing_by is not None and time.monotonic() >= self._closing_by
 
     def _once(self, rows: list[Row]) -> list[Row]:
         """The rows with `tokens` in the first one of each step only: the next has another time, so it would count."""

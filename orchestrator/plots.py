@@ -24,7 +24,7 @@ INK, QUIET, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 TRAIN, VALIDATION, ACCENT, ALARM = "#2f6db5", "#d9622b", "#3d8b6e", "#c81e3a"
 PHASE_SHADES = ("#ffffff", "#eef2f7")
 DPI = 120
-TEXT_POINTS, MONO_ADVANCE_EM = 10.5, 0.602  # DejaVu Sans Mono: every character is as wide
+TEXT_POINTS, MONOSPACED = 10.5, "DejaVu Sans Mono"  # shipped with matplotlib
 
 
 # ---- the picture ------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def _dress(panel: Axes, curves: Curves) -> None:
     panel.spines[["left", "bottom"]].set_color(QUIET)
     panel.tick_params(colors=INK, labelsize=10, labelbottom=True)
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    panel.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 2.5, 5, 10]))
     last = max(curves.last_step, 1)
     panel.set_xlim(-0.015 * last, 1.015 * last)
 
@@ -268,7 +268,7 @@ def plot_text(blocks: Iterable[Sequence[tuple[str, str]]], target: Path, title: 
     for block in blocks:
         lines += [*wrapped(block, columns), []]
     margin, top, step = 0.25, 0.7, 0.225  # inches
-    advance = MONO_ADVANCE_EM * TEXT_POINTS / 72
+    advance = _monospaced_advance()
     width, height = 2 * margin + columns * advance, top + step * len(lines)
     figure = _figure(width, height)
     figure.set_layout_engine("none")
@@ -280,12 +280,22 @@ def plot_text(blocks: Iterable[Sequence[tuple[str, str]]], target: Path, title: 
         for text, colour in line:
             figure.text(
                 (margin + column * advance) / width, 1 - (top + step * number) / height, text, va="baseline",
-                fontsize=TEXT_POINTS, family="DejaVu Sans Mono", color=colour, parse_math=False,
+                fontsize=TEXT_POINTS, family=MONOSPACED, color=colour, parse_math=False,
             )  # fmt: skip
             column += len(text)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # characters that the font lacks are drawn as boxes
         save(figure, target)
+
+
+def _monospaced_advance() -> float:
+    """Width of a character in inches as it is really drawn: hinting rounds it to whole pixels."""
+    from matplotlib.backends.backend_agg import RendererAgg
+    from matplotlib.font_manager import FontProperties
+
+    font = FontProperties(family=MONOSPACED, size=TEXT_POINTS)
+    width, _, _ = RendererAgg(10, 10, DPI).get_text_width_height_descent("x" * 100, font, False)
+    return float(width) / 100 / DPI
 
 
 def wrapped(block: Sequence[tuple[str, str]], columns: int) -> list[list[tuple[str, str]]]:

@@ -46,14 +46,14 @@ class PlanReport:
 def survey_plan(config: RunConfig, runs_dir: Path) -> PlanReport:
     """The plan of a run, from a look at its data. Raises UserError for whatever training would refuse."""
     check_runs_dir(runs_dir)
-    from orchestrator.experiment import init_hash
     from trainers.data.prepare import survey
     from trainers.devices import check_precision, resolve_device
+    from trainers.initial import initial_hash
     from trainers.models import parameter_count
 
     device = resolve_device(config.device)
     check_precision(config.precision, device)
-    init_hash(config)
+    initial_hash(config)
     found = survey(config)
     parameters = parameter_count(config.model, found.vocab_size)
     lengths = [steps_per_epoch(config, phase.train_tokens) for phase in found.phases]

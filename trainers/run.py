@@ -24,6 +24,7 @@ from trainers.engine import TorchEngine, Update
 from trainers.environment import environment, explain_difference
 from trainers.errors import CheckpointError, TrainingFailed
 from trainers.evaluate import evaluate
+from trainers.initial import initial_checkpoint
 from trainers.meter import Meter
 from trainers.models import apply_switches
 from trainers.models.state import LanguageModel
@@ -133,9 +134,7 @@ class Run:
 
     def _start_from(self, run_dir: Path) -> None:
         """Weights of a finished run; everything else is new."""
-        source = CheckpointStore(run_dir / "checkpoints", None).best_or_latest()
-        if source is None:
-            raise CheckpointError(f"--init-from {run_dir}: no sound checkpoint there. `orchestrate runs` lists runs.")
+        source = initial_checkpoint(run_dir)
         self.engine.load({"model": source.load("model")}, {}, optimizer=False)
 
     # ---- phases ---------------------------------------------------------------------------------

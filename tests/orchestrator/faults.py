@@ -73,15 +73,15 @@ class Place:
         self.text.write_text(" ".join(rng.choice(WORDS) for _ in range(8000)))
         self.config.write_text(CONFIG.format(text=self.text, steps=STEPS, save_every=SAVE_EVERY))
 
-    def start(self, name: str, *arguments: str, target: str | None = None, **environment: str) -> Command:
+    def start(self, name: str, *arguments: str, target: str | Path | None = None, **environment: str) -> Command:
         """`orchestrate train` of this place's configuration (or of `target`) under `name`, as a process of its own."""
-        naming = [] if target else ["--name", name]
-        typed = ["train", target or str(self.config), *naming, "--runs-dir", str(self.runs), *arguments]
+        naming = [] if target == name else ["--name", name]
+        typed = ["train", str(target or self.config), *naming, "--runs-dir", str(self.runs), *arguments]
         command = Command(typed, self.runs / name, self.runs.parent / f"{name}-{len(self.commands)}.log", environment)
         self.commands.append(command)
         return command
 
-    def run(self, name: str, *arguments: str, target: str | None = None, **environment: str) -> Command:
+    def run(self, name: str, *arguments: str, target: str | Path | None = None, **environment: str) -> Command:
         """The same, waited for."""
         command = self.start(name, *arguments, target=target, **environment)
         command.wait()

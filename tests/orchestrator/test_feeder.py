@@ -196,6 +196,16 @@ def test_a_torn_line_waits_and_another_record_starts_from_its_beginning(
     assert read_position(state, record.path, run.run_id).offset == 0
 
 
+def test_closing_keeps_to_its_time_and_counts_what_is_left(store: Store, record: Record) -> None:
+    run = open_run(store)
+    record.append(1, 20_000)
+    with feeding(record, run) as feeder:
+        done = feeder.close(0.3)
+        wait_for(lambda: not feeder._thread.is_alive())
+        assert feeder.close(0).rows == 20_000 - count_rows(record.path, feeder._position.offset)
+    assert done.pending > 0 and "not enough" in str(done.problem)
+
+
 def test_files_and_links_wait_for_their_turn(store: Store, record: Record, tmp_path: Path) -> None:
     run, said = open_run(store), list[str]()
     (tmp_path / "plots").mkdir()

@@ -19,6 +19,7 @@ from trainers.data.stream import StreamedSource, open_stream, validation_documen
 from trainers.data.survey import DataSurvey, survey
 from trainers.data.tokenizer_cache import cached_tokenizer, tokenizer_folder
 from trainers.data.types import PhaseData, PreparedData, Tokenizer
+from trainers.initial import initial_tokenizer
 
 __all__ = ["DataSurvey", "data_hashes", "prepare", "survey"]
 
@@ -41,7 +42,7 @@ def prepare(config: RunConfig, cache_dir: Path | str, *, progress: Progress = si
 
 
 def data_hashes(config: RunConfig, cache_dir: Path | str | None = None) -> tuple[str, ...]:
-    """What the fingerprint covers: one content hash a source, phase by phase.
+    """What the fingerprint covers: one content hash a source, phase by phase, and that of `tokenizer.path`.
 
     Args:
         cache_dir: where hashes of unchanged files are remembered; None: every file is read
@@ -49,7 +50,10 @@ def data_hashes(config: RunConfig, cache_dir: Path | str | None = None) -> tuple
         DataError: a source cannot be opened or read.
     """
     opened = Opened(_file_hashes(cache_dir))
-    return tuple(source.content_hash for phase in open_phases(config, opened) for source in phase)
+    hashes = [source.content_hash for phase in open_phases(config, opened) for source in phase]
+    if config.tokenizer.path is not None:
+        hashes.append(opened.hashes.sha256(Path(config.tokenizer.path)))
+    return tuple(hashes)
 
 
 def _file_hashes(cache_dir: Path | str | None) -> FileHashes:
@@ -83,6 +87,9 @@ class _Preparation:
         return PreparedData(tokenizer, data, report)
 
     def _tokenizer(self, phases: Sequence[Sequence[Source]]) -> tuple[Tokenizer, int]:
+        given = initial_tokenizer(self._config)
+        if given is not None:
+            return given, 0
         sources = distinct_sources(phases)
         folder = tokenizer_folder(self._config.tokenizer, sources, self.opened, self._cache_dir)
         if not folder.is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -55,11 +56,10 @@ def measure(corpus: Corpus, split: SplitConfig, progress: Progress = silent) -> 
         DataError: nothing is left on one side.
     """
     reporter = Throttled(progress, corpus.size_bytes or 0, f"reading {corpus.name}")
-    sizes: list[tuple[int, int]] = []  # one (chars, bytes) a piece: some dozen bytes per megabyte of text
-    held_out, ends = [], []
+    sizes, ends, held_out = array("q"), bytearray(), bytearray()  # 17 bytes a piece: there may be millions of documents
     digest = hashlib.sha256()
     for piece in corpus.pieces():
-        sizes.append((len(piece.text), utf8_length(piece.text)))
+        sizes.extend((len(piece.text), utf8_length(piece.text)))
         ends.append(piece.ends_document)
         if split.method == "hash":
             digest.update(piece.text.encode())
@@ -68,7 +68,7 @@ def measure(corpus: Corpus, split: SplitConfig, progress: Progress = silent) -> 
                 digest = hashlib.sha256()
         reporter.add(piece.stored)
     reporter.finish()
-    table, last = np.array(sizes, dtype=np.int64).reshape(-1, 2), np.array(ends, dtype=bool)
+    table, last = np.frombuffer(sizes, dtype=np.int64).reshape(-1, 2), np.frombuffer(ends, dtype=bool)
     n_chars, n_bytes = (int(total) for total in table.sum(axis=0))
     if n_chars == 0:
         raise DataError(f"{corpus.name} is empty: it holds no text to train on.")
@@ -78,11 +78,12 @@ def measure(corpus: Corpus, split: SplitConfig, progress: Progress = silent) -> 
         _both_sides(corpus, split, train_chars, n_chars - train_chars, "characters", n_chars)
         train_documents = int(last[np.cumsum(table[:, 0]) <= train_chars].sum())
         return Extent(n_chars, n_bytes, int(last.sum()), train_chars, train_bytes, train_documents, None)
-    kept = np.array(held_out, dtype=bool)
-    _both_sides(corpus, split, int((~kept).sum()), int(kept.sum()), "documents", len(kept))
+    apart = np.frombuffer(held_out, dtype=bool)
+    _both_sides(corpus, split, int((~apart).sum()), int(apart.sum()), "documents", len(apart))
     document = np.concatenate([[0], np.cumsum(last)[:-1]])  # of each piece
-    train = table[~kept[document]].sum(axis=0)
-    return Extent(n_chars, n_bytes, len(kept), int(train[0]), int(train[1]), int((~kept).sum()), kept)
+    trained_on = ~apart[document]
+    train_chars, train_bytes = (int(table[:, column].sum(where=trained_on)) for column in (0, 1))
+    return Extent(n_chars, n_bytes, len(apart), train_chars, train_bytes, int((~apart).sum()), apart)
 
 
 def _bytes_before(corpus: Corpus, table: np.ndarray, train_chars: int) -> int:
