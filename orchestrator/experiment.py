@@ -74,7 +74,7 @@ def settle(config: RunConfig, request: Request, data_hashes: tuple[str, ...]) ->
     if stored is None or stored["fingerprint"] == digest:
         return experiment
     if _only_more_budget(stored["fields"], fields):
-        _refuse_rewritten_schedule(config)
+        _refuse_rewritten_past(config, stored["fields"], fields)
         return replace(experiment, extended=True)
     changed = "\n  ".join(differences(stored["fields"], fields))
     raise ConfigError(
@@ -163,10 +163,20 @@ def _only_more_budget(old: dict[str, Any], new: dict[str, Any]) -> bool:
     )
 
 
-def _refuse_rewritten_schedule(config: RunConfig) -> None:
+def _refuse_rewritten_past(config: RunConfig, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """ConfigError where steps already taken would have been others under the larger budget."""
     from trainers.schedules import budget_can_grow
 
     for phase in config.resolved_phases():
+        inherits = bool(config.phases) and config.phases[phase.index].budget is None
+        own = "budget." if inherits or not config.phases else f"phases.{phase.index}.budget."
+        if not any(key.startswith(own) and old.get(key) != value for key, value in new.items()):
+            continue
+        if phase.index + 1 < len(config.phases):
+            raise ConfigError(
+                f"the budget of phase {phase.name!r} cannot be raised: {config.phases[phase.index + 1].name!r} comes "
+                f"after it, and only the last phase can go on. Start a new run with the larger budget."
+            )
         allowed, reason = budget_can_grow(phase.schedule)
         if not allowed:
             raise ConfigError(f"the budget of phase {phase.name!r} cannot be raised: {reason}")

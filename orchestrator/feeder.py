@@ -166,6 +166,8 @@ class Feeder:
             self._problem = str(error)
             self._say(f"MLflow refuses this run ({error}): nothing more is sent; metrics.jsonl keeps every row.")
             return True
+        if self._out_of_time():
+            return False
         self._note_presence()
         return True
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator.closing_table import closing_of, closing_table
 from orchestrator.console import print_json
@@ -28,7 +28,7 @@ from orchestrator.ray_cluster import ray_cluster, resources_per_worker
 from orchestrator.tracker import Tracker, owes
 from trainers.claim import Claim
 from trainers.config import RunConfig
-from trainers.context import STOP_REQUEST, request_stop
+from trainers.context import NOTES, STOP_REQUEST, read_notes, request_stop
 from trainers.data.prepare import data_hashes, prepare
 from trainers.errors import TrainingFailed, UserError
 from trainers.record import read_rows
@@ -40,6 +40,9 @@ POLL_S = 0.2  # how often the driver looks at the record
 WORKER_RESTARTS = 3  # crashes of a worker that Ray mends from the last checkpoint
 LAST_WORDS_S = 30.0  # for the workers to end by themselves once one of them has said how the run ended
 DONE, STOPPED = 0, 75
+METRICS = "metrics.jsonl"
+
+T = TypeVar("T")
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -111,7 +114,7 @@ class Driver:
         self.generation = claim.generation
         self.stop_reason: str | None = None
         self._asked = False
-        self._offsets = {"metrics.jsonl": 0, "logs/events.jsonl": 0}
+        self._offsets = {METRICS: 0, NOTES: 0}
         self._started = time.monotonic()
         self.display = Display(
             f"{experiment.name}: {self.config.preset} in {self.run_dir}",
@@ -172,18 +175,19 @@ class Driver:
         return path.exists() and time.time() - path.stat().st_mtime > LAST_WORDS_S
 
     def _show_news(self) -> None:
-        for row in self._new_lines("metrics.jsonl"):
+        for row in self._news(METRICS, read_rows(self.run_dir / METRICS, offset=self._offsets[METRICS])):
             self.display.row(row)
-        for event in self._new_lines("logs/events.jsonl"):
-            self.display.note(event["text"])
+        for text in self._news(NOTES, read_notes(self.run_dir, self._offsets[NOTES])):
+            self.display.note(text)
         self.display.tick()
 
-    def _new_lines(self, name: str) -> Iterator[dict[str, Any]]:
+    def _news(self, name: str, items: Iterator[tuple[T, int]]) -> Iterator[T]:
+        """What has come into a file since the last look; `items` is not begun where nothing has."""
         path = self.run_dir / name
         if path.exists() and path.stat().st_size > self._offsets[name]:
-            for row, end in read_rows(path, offset=self._offsets[name]):
+            for item, end in items:
                 self._offsets[name] = end
-                yield row
+                yield item
 
     def _clean_up_after_the_last_claim(self) -> None:
         for name in (OUTCOME, STOP_REQUEST):

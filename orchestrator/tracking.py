@@ -1,7 +1,7 @@
 """MLflow, as far as this project knows it: a store, a run in it, and the two ways in which it can let us down.
 
 The only file that imports mlflow, and only inside functions: importing it and its SQLAlchemy models costs 2.5 s, which
-the driver spends in a thread while Ray starts. Everything sent passes `redact`.
+the driver spends in a thread while Ray starts. Params and tags pass `redact`; files are sent as they are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from orchestrator.provenance import flatten
-from orchestrator.redaction import redact, redact_mapping
+from orchestrator.redaction import REDACTED, redact, redact_mapping
 from orchestrator.store_file import creating, sqlite_path, sqlite_uri
 from orchestrator.store_values import (
     MAX_METRICS,
@@ -157,9 +157,13 @@ def _translated() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    driver_error = re.match(r"\([\w.]*Error\) (.*)", lines[0])  # SQLAlchemy: "(sqlite3.OperationalError) no such ..."
-    return redact(driver_error[1] if driver_error else lines[0])[:300].rstrip(". ")
+    """What went wrong, without the layers that report it."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    # SQLAlchemy: "(sqlite3.OperationalError) database is locked". urllib3: "...: [Errno 111] Connection refused'))".
+    for inner in (r"\([\w.]*Error\) (?P<cause>.*)", r".*\[Errno -?\d+\] (?P<cause>[^'\")]+)"):
+        if found := re.match(inner, line):
+            line = found["cause"]
+    return redact(line)[:300].rstrip(". ")
 
 
 class Store:
@@ -292,7 +296,8 @@ class TrackedRun:
         """Where to look at this run: its address, and before that the command that serves it where no server runs."""
         page = f"#/experiments/{self.experiment_id}/runs/{self.run_id}"
         if _is_server(self.store.uri):
-            return f"{redact(self.store.uri).rstrip('/')}/{page}"
+            address = redact(self.store.uri).replace(f"{REDACTED}@", "")
+            return f"{address.rstrip('/')}/{page}"
         uri = shlex.quote(redact(self.store.uri))
         return f"mlflow ui --backend-store-uri {uri}   then http://127.0.0.1:5000/{page}"
 

@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -13,6 +15,7 @@ from typing import Any, Protocol
 from trainers.claim import Claim, Guard
 
 STOP_REQUEST = "stop-request.json"
+NOTES = "logs/events.jsonl"
 
 
 class RunContext(Protocol):
@@ -63,9 +66,9 @@ class RunFolder:
         """Nobody to tell: the record has the metrics."""
 
     def note(self, text: str) -> None:
-        """Append to logs/events.jsonl, which the driver shows."""
+        """Append to logs/events.jsonl, which the driver shows (`read_notes`)."""
         line = json.dumps({"time_ms": time.time_ns() // 1_000_000, "rank": self.rank, "text": text}) + "\n"
-        log = self.run_dir / "logs" / "events.jsonl"
+        log = self.run_dir / NOTES
         log.parent.mkdir(exist_ok=True)
         with log.open("a", encoding="utf-8") as handle:
             handle.write(line)
@@ -106,6 +109,18 @@ class LocalContext(RunFolder):
         """Let the run go, so that the next claim need not wait."""
         if self._claim:
             self._claim.release()
+
+
+def read_notes(run_dir: Path, offset: int) -> Iterator[tuple[str, int]]:
+    """Each note after byte `offset` with the byte where it ends; what a killed worker tore is passed over."""
+    with (run_dir / NOTES).open("rb") as handle:
+        handle.seek(offset)
+        for line in handle:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            with suppress(ValueError):
+                yield json.loads(line)["text"], offset
 
 
 def request_stop(run_dir: Path, generation: int, reason: str) -> None:

@@ -6,31 +6,32 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.orchestrator.faults import Place, assert_told_once, left
+from tests.orchestrator.faults import Place, undisturbed
 from tests.trainers.crash import Ending
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def shared_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """Starting Ray takes seconds, so one folder and its two undisturbed runs serve every test."""
     place = Place(tmp_path_factory.mktemp("place"))
-    try:
-        yield place
-    finally:
-        place.close()
+    yield place
+    place.close()
+
+
+@pytest.fixture
+def place(shared_place: Place) -> Iterator[Place]:
+    """The shared place, left without a process, however the test ends."""
+    yield shared_place
+    shared_place.close()
 
 
 @pytest.fixture(scope="session")
-def one_worker(place: Place) -> Ending:
+def one_worker(shared_place: Place) -> Ending:
     """What an undisturbed run with one worker leaves behind (`alone` in the place)."""
-    place.run("alone").expect(0)
-    assert_told_once(place.runs, place.runs / "alone")
-    return left(place.runs / "alone")
+    return undisturbed(shared_place, "alone", 1)
 
 
 @pytest.fixture(scope="session")
-def two_workers(place: Place) -> Ending:
+def two_workers(shared_place: Place) -> Ending:
     """The same with two (`pair`)."""
-    place.run("pair", "--workers", "2").expect(0)
-    assert_told_once(place.runs, place.runs / "pair")
-    return left(place.runs / "pair")
+    return undisturbed(shared_place, "pair", 2)

@@ -250,23 +250,26 @@ def left(run_dir: Path) -> Ending:
     return ending(run_dir, 0)
 
 
-def torn(snapshot: Path, how: str) -> None:
-    """Damage one of Ray's own files."""
-    data = snapshot.read_bytes()
-    replacements = {"torn": data[: len(data) // 2], "empty": b"", "foreign": b'{"ray_version": "9.9", "x": [1]}'}
-    snapshot.write_bytes(replacements[how])
+SNAPSHOTS = {
+    "torn": '{"ray_version": "2.60.0", "checkpoint_results": [{"checkpoint_dir_name": "checkpo',
+    "empty": "",
+    "foreign": '{"ray_version": "9.9.9", "x": [1]}',
+}
+"""a checkpoint_manager_snapshot.json that plain Ray refuses to start from"""
 
 
 def spoil_ray(run_dir: Path, how: str) -> list[Path]:
-    """Damage every file that Ray keeps in the run's folder, and plant one where the next claim's would be."""
-    ours = run_dir / ".ray"
+    """Damage every file that Ray keeps in the run's folder, and plant a snapshot in this claim's and the next one's.
+
+    Ray itself writes none here, because no checkpoint is ever reported to it: what is not there cannot be torn.
+    """
+    ours, generation = run_dir / ".ray", claim_of(run_dir).generation
     files = [path for path in ours.rglob("*") if path.is_file()]
+    files += [ours / f"claim-{number}" / "checkpoint_manager_snapshot.json" for number in (generation, generation + 1)]
     for path in files:
-        torn(path, how)
-    planted = ours / f"claim-{claim_of(run_dir).generation + 1}" / "checkpoint_manager_snapshot.json"
-    planted.parent.mkdir(parents=True, exist_ok=True)
-    planted.write_text('{"checkpoint_results": "fore')
-    return [*files, planted]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(SNAPSHOTS[how])
+    return files
 
 
 # ---- MLflow ------------------------------------------------------------------------------------------
@@ -313,6 +316,13 @@ def expected_history(run_dir: Path) -> dict[tuple[int, str], list[float]]:
                 table[row["step"], name] = [value]
         table[row["step"], "tokens"] = [row["tokens"]]
     return table
+
+
+def undisturbed(place: Place, name: str, workers: int) -> Ending:
+    """What a run leaves behind to which nothing happens."""
+    command = place.run(name, "--workers", str(workers)).expect(0)
+    assert_told_once(place.runs, command.run_dir)
+    return left(command.run_dir)
 
 
 # ---- the laws ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Laws of `orchestrate train` as a person meets it: one command is one run, and what is wrong is said before Ray starts.
+"""Laws of `orchestrate train` as a person meets it: one command is one run; what is wrong is said before Ray starts.
 
 What may start Ray is a process of its own. What must not is typed into this process, where starting Ray would show.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cli import main
-from tests.orchestrator.faults import STEPS, Place, assert_told_once, claim_of, left, newest_step, read, tracked
+from tests.orchestrator.faults import STEPS, Place, assert_told_once, claim_of, left, read, tracked
 from tests.trainers.crash import Ending, merged
 from trainers.process import Process
 
@@ -106,29 +106,37 @@ def test_text_that_changed_since_is_refused(place: Place, one_worker: Ending, ty
     typed.config("alone", code=0)
 
 
-def test_a_budget_cannot_be_raised_where_the_schedule_knew_it(place: Place, tmp_path: Path, typed: Typist) -> None:
-    """Refused with the reason; the run stays as it was. (test_faults raises one that may be raised.)"""
-    command = place.start("cosine", "schedule.kind=cosine")
-    command.wait_for_step(1)
-    command.interrupt()
-    command.expect(75)
-    step = newest_step(command.run_dir)
-    said = typed.config("cosine", "schedule.kind=cosine", f"budget.steps={STEPS + 40}")
-    assert "cosine" in said and "learning rate" in said and "--init-from" in said
-    assert newest_step(command.run_dir) == step and claim_of(command.run_dir).generation == 1
-    assert read(command.run_dir, "outcome.json")["state"] == "stopped"
+def test_a_budget_cannot_be_raised_where_the_past_would_be_another(place: Place, typed: Typist) -> None:
+    """Refused with the reason, and the run stays as it was. (test_faults raises one that may be raised.)"""
+    phases = write_phases(place)
+    cases: list[tuple[str, list[str], str, str]] = [
+        ("cosine", [str(place.config), "schedule.kind=cosine"], "budget.steps", "learning rate"),
+        ("past", [str(phases)], "phases.prose.budget.steps", "only the last phase"),
+    ]
+    for name, target, budget, why in cases:
+        typed(*target, "--name", name, code=1)  # as far as Ray: the run has its identity now
+        before = listing(place.runs)
+        said = typed(*target, "--name", name, f"{budget}={STEPS + 40}")
+        assert why in said and "new run" in said
+        assert listing(place.runs) == before
+    typed(str(phases), "--name", "past", f"phases.code.budget.steps={STEPS + 40}", code=1)  # goes on to Ray
 
 
 # ---- phases --------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_of_two_phases_is_one_curve_and_two_slices(place: Place) -> None:
+def write_phases(place: Place) -> Path:
+    """The place's configuration in two phases of 30 and 50 steps."""
     config = place.config.with_name("phases.yaml")
     config.write_text(
         place.config.read_text().replace(f"budget: {{steps: {STEPS}}}", "budget: null")
         + "phases: [{name: prose, budget: {steps: 30}}, {name: code, budget: {steps: 50}, hand_over: optimizer}]\n"
     )
-    command = place.run("phases", target=config).expect(0)
+    return config
+
+
+def test_a_run_of_two_phases_is_one_curve_and_two_slices(place: Place) -> None:
+    command = place.run("phases", target=write_phases(place)).expect(0)
     whole = assert_told_once(place.runs, command.run_dir)
     slices = read(command.run_dir, "identity.json")["mlflow_phase_run_ids"]
     assert list(slices) == ["prose", "code"]

@@ -98,6 +98,12 @@ def sabotage(piece: str | None) -> None:
 
         fetch = RowLoader.micro_batches
         RowLoader.micro_batches = lambda self, step: fetch(self, max(0, step - 1))  # type: ignore[method-assign]
+    elif piece == "stream_position":
+        from trainers.data.loader import RowLoader
+
+        RowLoader.restore = lambda self, state: None  # type: ignore[method-assign]
+        fetch = RowLoader.micro_batches
+        RowLoader.micro_batches = lambda self, step: fetch(self, step - 4)  # type: ignore[method-assign]
     elif piece == "stream_state":
         run.Streams.load = lambda self, tensors: self.begin()
     elif piece == "patience":

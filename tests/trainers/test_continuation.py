@@ -8,19 +8,20 @@ from pathlib import Path
 import pytest
 
 from tests.trainers.crash import Ending, Plan, attempt, killed, merged
+from tests.trainers.data.hub_server import HubServer, jsonl, parquet
 from trainers.config import RunConfig
 from trainers.config_io import build_config
 
 STEPS = 12
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dogs"]
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some 600 characters: 17 rows of 32 in the training split, so that an epoch is 4 steps of 4 rows."""
     rng = random.Random(0)
-    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dogs"]
     path = tmp_path_factory.mktemp("text") / "small.txt"
-    path.write_text(" ".join(rng.choice(words) for _ in range(170)))
+    path.write_text(" ".join(rng.choice(WORDS) for _ in range(170)))
     return path
 
 
@@ -127,6 +128,38 @@ def stateful(text: Path) -> RunConfig:
         data={"sources": [{"corpus": str(text)}], "order": "streams", "sequence_length": 8},
         samples={"count": 0},
     )
+
+
+@pytest.mark.parametrize("plan", [Plan(stop_at=5), Plan(kill_at=8)])
+def test_a_streamed_mixture_goes_on_where_it_stood(
+    local_hub: HubServer, text: Path, tmp_path: Path, plan: Plan
+) -> None:
+    """A Hub dataset that trains while it downloads, mixed with a packed file."""
+    rng = random.Random(1)
+    stories = [" ".join(rng.choice(WORDS) for _ in range(rng.randint(5, 40))) for _ in range(300)]
+    local_hub.repositories |= {
+        "me/stories": {"train-0.parquet": parquet(stories[:150]), "train-1.parquet": parquet(stories[150:])}
+    }
+    (tmp_path / "local.jsonl").write_bytes(jsonl(stories[:60]))
+    config = config_for(
+        text,
+        tokenizer={"kind": "bytes"},
+        data={
+            "sources": [
+                {"corpus": "hf:me/stories", "streaming": True, "weight": 1.0},
+                {"corpus": str(tmp_path / "local.jsonl"), "weight": 1.0},
+            ],
+            "validation": {"method": "hash", "fraction": 0.1},
+            "stream_block": 8,
+            "stream_validation_documents": 5,
+        },
+    )
+    whole = finished(attempt(config, tmp_path / "whole"))
+    attempt(config, tmp_path / "run", plan)
+    assert_same(finished(attempt(config, tmp_path / "run")), whole)
+    attempt(config, tmp_path / "crooked", plan)
+    crooked = finished(attempt(config, tmp_path / "crooked", Plan(sabotage="stream_position")))
+    assert crooked.digest != whole.digest
 
 
 @pytest.mark.parametrize("piece", ["moments", "cursor"])

@@ -1,4 +1,4 @@
-"""One local Hub for all tests of this room; nothing here asks the real one.
+"""One local Hub for all tests of the trainers; nothing here asks the real one.
 
 huggingface_hub reads HF_ENDPOINT once, when it is first imported, and the project imports it inside functions only.
 """
@@ -27,6 +27,6 @@ os.environ.update(
 @pytest.fixture(scope="session")
 def local_hub() -> HubServer:
     """The server; a test module adds its own repositories to `repositories`."""
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     assert _HUB.url == constants.ENDPOINT, "huggingface_hub was imported before this conftest"
     return _HUB
