@@ -11,10 +11,8 @@ from torch import nn
 class BareLoop:
     """A plain PyTorch training loop over rows of a packed token file."""
 
-    def __init__(
-        self, model: nn.Module, tokens: np.ndarray, order: np.ndarray, length: int, lrs: list[float], device: str = "cpu"
-    ):
-        self.model, self.device = model.to(device).train(), device
+    def __init__(self, model: nn.Module, tokens: np.ndarray, order: np.ndarray, length: int, lrs: list[float]):
+        self.model, self.device = model.train(), next(model.parameters()).device.type
         self.tokens, self.order, self.length, self.lrs = tokens, order, length, lrs
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         linears = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - embeddings

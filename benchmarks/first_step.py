@@ -80,9 +80,15 @@ trace(launch, "prepare", "open packed data")
 trace(launch.Tracker, "open", "wait for MLflow, begin its run")
 trace(launch.Tracker, "_open_store", "(thread) open the MLflow store")
 trace(launch.Driver, "_watch", "workers")
-import ray
-mark("ray imported")
-trace(ray, "init", "ray.init")
+import orchestrator.ray_cluster as ray_cluster
+environment = ray_cluster._environment
+def then_ray(*args):
+    environment(*args)  # has to come before the import
+    mark("import ray >")
+    import ray
+    mark("import ray <")
+    trace(ray, "init", "ray.init")
+ray_cluster._environment = then_ray
 code = main(json.loads(os.environ["BENCHMARK_ARGUMENTS"]))
 json.dump(marks, open(os.environ["BENCHMARK_MARKS"], "w"))
 sys.exit(code)
@@ -105,10 +111,13 @@ def orchestrate(runs_dir: Path, numbers: count[int], wrapper: Path | None = None
     arguments = _arguments(name, runs_dir)
     command = [sys.executable, *([str(wrapper)] if wrapper else ["-m", "orchestrator"]), *arguments]
     started = time.time()
-    more = {"BENCHMARK_STARTED": str(started), "BENCHMARK_ARGUMENTS": json.dumps(arguments)}
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=_environment() | more | {"BENCHMARK_MARKS": str(runs_dir / "marks")}
-    )
+    environment = {
+        **_environment(),
+        "BENCHMARK_STARTED": str(started),
+        "BENCHMARK_ARGUMENTS": json.dumps(arguments),
+        "BENCHMARK_MARKS": str(runs_dir / "marks"),
+    }
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     row = next(row for row, _ in read_rows(runs_dir / name / "metrics.jsonl") if row["step"] == 1)
     return row["time_ms"] / 1e3 - started

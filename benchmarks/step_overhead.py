@@ -102,9 +102,8 @@ def main(arguments: list[str] | None = None) -> None:
         if seeded:
             share = found.equal_losses / found.losses
             figures.append(Figure(f"{name}: losses equal bit for bit", share, "of all", bar=1.0, at_least=True))
-            figures.append(
-                Figure(f"{name}: weights equal at the end", float(found.equal_weights), "(1: yes)", bar=1, at_least=True)
-            )
+            weights = float(found.equal_weights)
+            figures.append(Figure(f"{name}: weights equal at the end", weights, "(1: yes)", bar=1, at_least=True))
         samples[name] = found.costs
     report("step_overhead", figures, quick=options.quick, steps_a_block=BLOCK, samples=samples)
 

@@ -149,13 +149,13 @@ class BareJob:
             else None,
         )
 
-    def loop(self, model: nn.Module | None = None, *, device: str = "cpu", dtype: torch.dtype | None = None) -> BareLoop:
-        """The loop at step 0, on a copy of `model` or on freshly built weights, which are the same."""
+    def loop(self, model: nn.Module | None = None, dtype: torch.dtype | None = None) -> BareLoop:
+        """The loop at step 0, on a copy of `model` where it is, or on freshly built weights, which are the same."""
         if model is None:
             torch.manual_seed(stream_seed(self.seed, "model"))
             model = build_model(self.model, self.vocab_size)
         tokens = np.memmap(self.tokens, dtype=self.dtype, mode="r")
-        loop = BareLoop(copy.deepcopy(model), tokens, self.order, self.length, self.lrs, device)
+        loop = BareLoop(copy.deepcopy(model), tokens, self.order, self.length, self.lrs)
         loop.seeds, loop.dtype = self.seeds, dtype
         return loop
 

@@ -27,7 +27,7 @@ INTERRUPTED = 130  # Ctrl-C where nothing needs to be continued
 # The disk, the permissions and the limits of this machine: the person's to mend, so no traceback.
 SURROUNDINGS = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE,
-    errno.ENAMETOOLONG, errno.ENOTDIR, errno.EIO, errno.ENOMEM,
+    errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.EIO, errno.ENOMEM,
 }  # fmt: skip
 EXTRAS = ("ray", "mlflow", "torch", "numpy", "safetensors", "matplotlib", "psutil")
 
@@ -118,6 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _invoke(typed: list[str]) -> int:
+    _refuse_undecodable(typed)
     command = typer.main.get_command(app)
     try:
         with command.make_context("orchestrate", list(typed)) as context:
@@ -127,6 +128,16 @@ def _invoke(typed: list[str]) -> int:
     except typer.TyperException as error:
         raise UserError(f"{_sentence(error.format_message())}{_usage(typed)}") from None
     return code if isinstance(code, int) else DONE
+
+
+def _refuse_undecodable(typed: list[str]) -> None:
+    """Nothing that is written later (a configuration, a record, a text) could hold bytes that are no UTF-8."""
+    for word in typed:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            shown = word if len(word) <= 60 else word[:57] + "..."
+            raise UserError(f"arguments must be UTF-8 text, got {shown!r}. Give a file of that name another.") from None
 
 
 def _sentence(text: str) -> str:

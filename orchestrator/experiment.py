@@ -7,6 +7,7 @@ import os
 import re
 import uuid
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from trainers.initial import initial_hash
 
 IDENTITY = "identity.json"
 OUTCOME = "outcome.json"
+ENDINGS = ("finished", "stopped", "failed")
 RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 
 
@@ -50,12 +52,13 @@ class Experiment:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return read_json(self.run_dir / IDENTITY) or {}
+        return _read_identity(self.run_dir) or {}
 
     @property
     def outcome(self) -> dict[str, Any] | None:
         """How the run ended last, or None when it has not (or was killed)."""
-        return read_json(self.run_dir / OUTCOME)
+        found = read_json(self.run_dir / OUTCOME)
+        return {"reason": "", **found} if found and found.get("state") in ENDINGS else None
 
 
 def settle(config: RunConfig, request: Request, data_hashes: tuple[str, ...]) -> Experiment:
@@ -100,8 +103,8 @@ def confined(runs_dir: Path, name: str) -> Path:
 def write_identity(experiment: Experiment, **more: Any) -> None:
     """Write config.yaml and identity.json (temp + rename); `more` is kept beside what stands there."""
     identity = {
-        "created": experiment.identity.get("created"),
         **experiment.identity,
+        "created": experiment.identity.get("created") or datetime.now(UTC).isoformat(timespec="seconds"),
         "name": experiment.name,
         "fingerprint": experiment.fingerprint,
         "fields": experiment.fields,
@@ -128,14 +131,23 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None where there is none (missing or torn)."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
 
-def _stored_identity(run_dir: Path) -> dict[str, Any] | None:
+def _read_identity(run_dir: Path) -> dict[str, Any] | None:
+    """identity.json, or None where it is missing, torn or not one of ours."""
     stored = read_json(run_dir / IDENTITY)
-    if stored is not None and {"fingerprint", "fields"} <= stored.keys():
+    shapes = {"fingerprint": str, "fields": dict, "mlflow_run_id": str, "mlflow_phase_run_ids": dict}
+    if stored is None or not {"fingerprint", "fields"} <= stored.keys():
+        return None
+    return stored if all(isinstance(stored[key], kind) for key, kind in shapes.items() if key in stored) else None
+
+
+def _stored_identity(run_dir: Path) -> dict[str, Any] | None:
+    stored = _read_identity(run_dir)
+    if stored is not None:
         return stored
     if (run_dir / "checkpoints").is_dir() and any((run_dir / "checkpoints").glob("step-*")):
         raise ConfigError(

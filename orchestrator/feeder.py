@@ -256,7 +256,7 @@ def read_position(state_path: Path, metrics_path: Path, run_id: str) -> Position
         with metrics_path.open("rb") as record:
             record.seek(max(0, position.offset - 1))
             at_line_end = position.offset == 0 or record.read(1) == b"\n"
-    except (FileNotFoundError, ValueError, TypeError):
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
         return Position(run_id)
     return position if position.run_id == run_id and at_line_end else Position(run_id)
 

@@ -20,10 +20,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from orchestrator.closing_table import closing_of, closing_table
-from orchestrator.console import print_json
+from orchestrator.console import count, print_json, size
 from orchestrator.display import Display
 from orchestrator.experiment import OUTCOME, Experiment, Request, settle, write_atomically, write_identity
-from orchestrator.plan import total_steps
+from orchestrator.plan import BYTES_PER_VALUE, total_steps
+from orchestrator.presets_table import closed_form_parameters
 from orchestrator.ray_cluster import ray_cluster, resources_per_worker
 from orchestrator.tracker import Tracker, owes
 from trainers.claim import Claim
@@ -91,6 +92,8 @@ def new_folder(run_dir: Path) -> Iterator[None]:
     existed = run_dir.exists()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"{run_dir} is a file: move it away, or choose another --name.") from error
     except OSError as error:
         raise UserError(
             f"cannot make {run_dir}: {error.strerror}. Choose a --runs-dir that you may write to."
@@ -125,9 +128,11 @@ class Driver:
 
     def run(self) -> int:
         with self.display, self._stopping_on_signals():
-            tracker = Tracker(self.experiment, self.request.runs_dir, self.display.note)
             self._clean_up_after_the_last_claim()
             data = prepare(self.config, cache_dir(self.request.runs_dir), progress=self.display.packing)
+            check_model(self.config, data.tokenizer.vocab_size)
+            # Only now: a text that is refused leaves no store behind. It opens while Ray starts.
+            tracker = Tracker(self.experiment, self.request.runs_dir, self.display.note)
             self.display.total_steps = total_steps(self.config, data)
             write_identity(
                 self.experiment,
@@ -306,9 +311,31 @@ def brief(error: BaseException | None) -> str:
     return lines[-1].strip() if lines else "no reason given"
 
 
+def check_model(config: RunConfig, vocab_size: int) -> None:
+    """Refuse before Ray starts a model whose embedding is too small or whose weights this machine cannot hold."""
+    table = config.model.vocab_size or vocab_size
+    if table < vocab_size:
+        raise UserError(
+            f"model.vocab_size ({table}) is smaller than the tokenizer's vocabulary ({vocab_size}): "
+            f"raise it to at least {vocab_size}, or leave it out."
+        )
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    parameters = closed_form_parameters(config.model, table)
+    needed = parameters * BYTES_PER_VALUE * config.workers
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(
+            f"the model has {count(parameters)} parameters: its weights alone need {size(needed)} in "
+            f"{config.workers} worker{'s' if config.workers > 1 else ''}, and this machine has {size(there)} of "
+            "memory. Lower model.d_model, model.n_layers or --workers."
+        )
+
+
 def check_device(config: RunConfig) -> None:
     """Refuse early what this machine's device cannot compute; on a cluster the workers find out."""
-    if config.precision.compute == "fp32" or os.environ.get("RAY_ADDRESS"):
+    certain = config.precision.compute == "fp32" and config.device in ("auto", "cpu")
+    if certain or os.environ.get("RAY_ADDRESS"):
         return
     from trainers.devices import check_precision, resolve_device
 

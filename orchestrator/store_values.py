@@ -16,9 +16,15 @@ MAX_PARAM_CHARS, MAX_TAG_CHARS, MAX_KEY_CHARS = 6000, 8000, 250
 ROW_FIELDS = frozenset({"step", "time_ms", "phase"})  # of a row of metrics.jsonl: not metrics
 
 
+def is_row(row: Mapping[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl has the whole numbers without which MLflow has no place for its metrics."""
+    return all(type(row.get(key)) is int and 0 <= row[key] < 2**63 for key in ("step", "time_ms"))
+
+
 def numbers_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of a row of metrics.jsonl, `tokens` among them; texts are left out."""
-    return {key: float(value) for key, value in row.items() if key not in ROW_FIELDS and isinstance(value, int | float)}
+    """The metrics of a row of metrics.jsonl, `tokens` among them; texts, and what no float can hold, are left out."""
+    numbers = {key: value for key, value in row.items() if key not in ROW_FIELDS and isinstance(value, int | float)}
+    return {key: float(value) for key, value in numbers.items() if isinstance(value, float) or abs(value) < 2**1023}
 
 
 def legal_name(key: str) -> str:

@@ -75,6 +75,7 @@ def resolve(arguments: list[str], flags: Flags, runs_dir: Path) -> Target:
     config = override(config, changes) if changes else config
     config = with_init_from(config, flags.init_from, runs_dir)
     config = with_absolute_paths(config)
+    _refuse_runs_among_text(config, runs_dir)
     return Target(config, start.kind, start.label, tuple(changes), tuple(notes))
 
 
@@ -217,6 +218,20 @@ def absolute(text: str) -> str:
         return text
     path = os.path.abspath(os.path.expanduser(text))
     return path if os.path.exists(path) else text
+
+
+def _refuse_runs_among_text(config: RunConfig, runs_dir: Path) -> None:
+    """A runs folder below a corpus would make every run part of the text of the next (names with a dot are no text)."""
+    runs = runs_dir.resolve()
+    for corpus in sorted({source.corpus for phase in config.resolved_phases() for source in phase.data.sources}):
+        folder = Path(os.path.realpath(corpus))
+        if NOT_PATHS.match(corpus) or not folder.is_dir() or not runs.is_relative_to(folder):
+            continue
+        if not any(part.startswith(".") for part in runs.relative_to(folder).parts):
+            raise UserError(
+                f"the runs folder {runs_dir} lies inside the text {corpus}, so that what a run writes would be read as "
+                "text by the next. Put the text into a folder of its own, or choose another --runs-dir."
+            )
 
 
 # ---- raising the budget of a run ----------------------------------------------------------------------

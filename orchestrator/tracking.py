@@ -30,6 +30,7 @@ from orchestrator.store_values import (
     batches,
     checkpoint_link,
     clip,
+    is_row,
     legal_name,
     numbers_of,
 )
@@ -306,7 +307,7 @@ class TrackedRun:
 
         Sent again they change nothing, because the store keeps one of equal (key, timestamp, step, value).
         """
-        metrics = [metric for row in rows for metric in _metrics_of(row)]
+        metrics = [metric for row in rows if is_row(row) for metric in _metrics_of(row)]
         with _translated():
             for batch in batches(metrics, MAX_METRICS):
                 self.store.client.log_batch(self.run_id, metrics=batch)

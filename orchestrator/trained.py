@@ -16,6 +16,7 @@ from trainers.config_io import build_config, read_yaml
 from trainers.data.tokenizers import load_tokenizer
 from trainers.devices import resolve_device
 from trainers.errors import CheckpointError, UserError
+from trainers.manifest import committed_steps
 from trainers.models import build_model
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ def choose(store: CheckpointStore, name: str, which: str | None) -> Checkpoint:
         raise UserError(f"--checkpoint is best, latest or a step such as 300, not {which!r}.")
     if found is None:
         what = "no checkpoint yet" if which in (None, "latest") else f"no checkpoint {which!r}"
+        if damaged := committed_steps(store.directory):
+            what = f"no sound checkpoint: {len(damaged)} are there, all damaged or not the one asked for"
         raise UserError(f"run {name!r} has {what}. `orchestrate status {name}` shows what it has.")
     return found
 

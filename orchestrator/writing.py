@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from trainers.generate import GenerateConfig
 
 MAX_PROMPTS = 100_000
+MAX_PROMPT_BYTES = 1 << 26  # of a file: a device file has no end
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,10 @@ def read_prompts(wish: Wish) -> list[str] | None:
 
 def _prompts_in(name: str) -> list[str]:
     try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
+            data = file.read(MAX_PROMPT_BYTES + 1)
+        if len(data) > MAX_PROMPT_BYTES:
+            raise UserError(f"--prompts-file {name} is longer than {MAX_PROMPT_BYTES:,} bytes. Split it.")
         text = data.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"--prompts-file {name} cannot be read: {error.strerror}.") from error

@@ -260,7 +260,7 @@ def _parse(data: bytes) -> Holder | None:
     """The record, or None for a file that is empty, torn or foreign."""
     try:
         record = Holder(**json.loads(data))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
     numbers = (record.generation, record.attempt, record.pid)
     sound = all(type(number) is int and number >= 0 for number in numbers)
@@ -269,7 +269,7 @@ def _parse(data: bytes) -> Holder | None:
 
 def _read(path: Path | str) -> bytes:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would keep us waiting
     except FileNotFoundError:
         return b""
     try:

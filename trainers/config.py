@@ -43,7 +43,7 @@ class ModelConfig(Frozen):
     """A decoder-only transformer; every dense architecture of the presets is a setting of these fields."""
 
     d_model: PositiveInt = 128
-    n_layers: PositiveInt = 2
+    n_layers: Annotated[int, Field(gt=0, le=10_000)] = 2
     n_heads: PositiveInt = 4
     d_ff: PositiveInt | None = None  # hidden width of the feed-forward part; None means 4 x d_model
     context_length: PositiveInt = 64  # longest sequence the position scheme covers
@@ -88,7 +88,8 @@ class TokenizerConfig(Frozen):
     """How text becomes token ids. Trained on the training split only, on at most `sample_bytes` of it."""
 
     kind: Literal["characters", "bytes", "bpe", "sentencepiece_bpe", "sentencepiece_unigram"] = "characters"
-    vocab_size: PositiveInt | None = None  # needed by bpe and sentencepiece; derived for characters and bytes
+    # needed by bpe and sentencepiece, which set memory aside for it; derived for characters and bytes
+    vocab_size: Annotated[int, Field(gt=0, le=2_000_000)] | None = None
     path: str | None = None  # a tokenizer to load instead: a SentencePiece .model or a tokenizers .json
     min_frequency: PositiveInt = 1
     sample_bytes: Annotated[int, Field(gt=0, le=200_000_000)] = 200_000_000
@@ -228,7 +229,9 @@ class EvaluationConfig(Frozen):
 
 class EarlyStoppingConfig(Frozen):
     patience: Annotated[int, Field(ge=0)] = 0  # evaluations without improvement; 0 is off
-    metric: str = "val/loss"
+    metric: Literal["val/loss", "val/perplexity", "val/bits_per_byte", "val/bits_per_character", "val/accuracy"] = (
+        "val/loss"
+    )
     mode: Literal["min", "max"] = "min"
     min_delta: NonNegativeFloat = 0.0
 
@@ -254,7 +257,7 @@ class SampleConfig(Frozen):
     count: Annotated[int, Field(ge=0)] = 2
     prompt_tokens: PositiveInt = 32
     new_tokens: PositiveInt = 128
-    temperature: PositiveFloat = 0.8
+    temperature: Annotated[float, Field(ge=1e-4, allow_inf_nan=False)] = 0.8
     top_k: PositiveInt | None = 40
 
 

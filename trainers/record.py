@@ -234,7 +234,7 @@ def _step_of(line: bytes) -> int | None:
 def _parse(line: bytes) -> Row | None:
     try:
         row = json.loads(line)
-    except ValueError:  # UnicodeDecodeError is one
+    except (ValueError, RecursionError):  # UnicodeDecodeError is one of the first
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return None

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from trainers.errors import UserError
 
+LEAST_TEMPERATURE = 1e-4  # far below, scores divided by it are no longer finite in float32
+MOST_PENALTY = 1000.0
+
 
 @dataclass(frozen=True)
 class GenerateConfig:
@@ -30,16 +33,22 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise UserError(f"max_tokens must be at least 1, not {self.max_tokens}.")
-        if not 0 < self.temperature < math.inf:
-            raise UserError(f"temperature must be above 0, not {self.temperature}. For greedy text use top_k=1.")
+        if not LEAST_TEMPERATURE <= self.temperature < math.inf:
+            raise UserError(
+                f"temperature must be above 0 (at least {LEAST_TEMPERATURE:g}), not {self.temperature}. "
+                "For greedy text use top_k=1."
+            )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k must be at least 1, not {self.top_k}. Leave it out to allow every token.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(
                 f"top_p must be above 0 and at most 1, not {self.top_p}. Leave it out to allow every token."
             )
-        if not 0 < self.repetition_penalty < math.inf:
-            raise UserError(f"repetition_penalty must be above 0 (1 is off), not {self.repetition_penalty}.")
+        if not 1 / MOST_PENALTY <= self.repetition_penalty <= MOST_PENALTY:
+            raise UserError(
+                f"repetition_penalty must be between {1 / MOST_PENALTY:g} and {MOST_PENALTY:g} (1 is off), "
+                f"not {self.repetition_penalty}."
+            )
         if not isinstance(self.stop, tuple) or not all(self.stop):
             raise UserError(f"stop must be a tuple of texts, none of them empty; got {self.stop!r}.")
 

@@ -7,9 +7,11 @@ import json
 import os
 import time
 from pathlib import Path
+from stat import S_ISREG
 
 from trainers.data.build_once import unwritable
 from trainers.data.reading import unreadable
+from trainers.errors import DataError
 
 CORPUS_FORMAT = 1  # part of every content hash: raise it when the same bytes come to yield other text
 SETTLED_NS = 2_000_000_000  # a file touched more recently could change again within one tick of its clock
@@ -18,6 +20,11 @@ SETTLED_NS = 2_000_000_000  # a file touched more recently could change again wi
 def digest(*parts: object) -> str:
     """sha256 over the JSON of the parts, 64 hex digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def _not_waiting(path: str, flags: int) -> int:
+    """Opens a FIFO without waiting for its writer, so that it can be refused."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 class FileHashes:
@@ -30,8 +37,10 @@ class FileHashes:
     def sha256(self, path: Path) -> str:
         """64 hex digits over the file's bytes as stored. Raises DataError where it cannot be read."""
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", opener=_not_waiting) as file:
                 stat = os.fstat(file.fileno())
+                if not S_ISREG(stat.st_mode):
+                    raise DataError(f"{path}: not a regular file. Save what it gives to a file first.")
                 key = digest(str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino)
                 known = self._known.get(key) or self._read(key)
                 if known is not None:

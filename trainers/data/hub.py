@@ -127,8 +127,8 @@ def resolve_revision(source: SourceConfig) -> str:
 def repository(source: SourceConfig) -> str:
     """OWNER/NAME of hf:OWNER/NAME."""
     name = source.corpus.removeprefix("hf:")
-    if name == source.corpus or not name:
-        raise DataError(f"only Hub datasets stream; write corpus as hf:OWNER/NAME, not {source.corpus!r}.")
+    if name == source.corpus or not name.strip("/"):
+        raise DataError(f"a Hub dataset is written hf:OWNER/NAME, not {source.corpus!r}.")
     return name
 
 

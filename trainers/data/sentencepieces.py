@@ -99,6 +99,11 @@ def _refusal(config: TokenizerConfig, error: RuntimeError) -> DataError:
             f"tokenizer.vocab_size ({config.vocab_size}) is too small for SentencePiece on this text: 4 specials, "
             f"256 bytes, the newline and its characters are {needed[1]} pieces. Set it to at least {needed[1]}."
         )
+    if "insert_id" in str(error):  # not even the specials fit
+        return DataError(
+            f"tokenizer.vocab_size ({config.vocab_size}) is too small for SentencePiece: 4 specials, 256 bytes and the "
+            "newline are 261 pieces, and each character of the text is one more. 8000 is common."
+        )
     return DataError(f"SentencePiece cannot train {config.kind} with {config.vocab_size} pieces on this text: {error}")
 
 

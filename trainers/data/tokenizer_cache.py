@@ -17,6 +17,7 @@ from trainers.data.sources import Opened, PackedSource, Source, StreamSource
 from trainers.data.stream import training_sample
 from trainers.data.tokenizers import load_tokenizer, train_tokenizer
 from trainers.data.types import Tokenizer
+from trainers.errors import DataError
 
 TOKENIZER_FORMAT = 1
 STREAM_SAMPLE_BYTES = 20_000_000  # a stream should train soon, not download for hours first
@@ -46,7 +47,11 @@ def cached_tokenizer(
                 opened.unchanged(source)
 
     build_once(folder, build, opened.progress)
-    return load_tokenizer(folder), int(json.loads((folder / SAMPLE).read_text())["trained_on_bytes"])
+    try:
+        return load_tokenizer(folder), int(json.loads((folder / SAMPLE).read_text())["trained_on_bytes"])
+    except (DataError, OSError, ValueError, LookupError, TypeError) as error:
+        reason = str(error).rstrip(".")
+        raise DataError(f"{reason}. Delete {folder}, and the same command makes it again.") from None
 
 
 def _key(config: TokenizerConfig, sources: Sequence[Source], hashes: FileHashes) -> str:

@@ -71,7 +71,10 @@ class CharacterTokenizer:
 
     @classmethod
     def load(cls, directory: Path) -> CharacterTokenizer:
-        return cls("".join(_read_json(directory / "characters.json")["char_to_id"]))
+        known = _read_json(directory / "characters.json").get("char_to_id")
+        if not isinstance(known, dict) or list(known) != sorted(known) or any(len(char) != 1 for char in known):
+            raise DataError(f"{directory / 'characters.json'}: not a tokenizer file.")
+        return cls("".join(known))
 
 
 class ByteTokenizer:
@@ -201,7 +204,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         raise DataError(f"{path.parent}: no tokenizer here ({path.name} is missing).") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}).") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: not a tokenizer file.")
