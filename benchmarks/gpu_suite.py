@@ -163,7 +163,7 @@ def measure(ours: OurLoop, options: argparse.Namespace) -> tuple[list[Figure], d
     return figures, {"seconds_a_block": seconds, "losses": logged, "steps_a_block": BLOCK}
 
 
-def stalls(ours: OurLoop, device: str) -> tuple[list[Figure], dict[str, object]]:
+def stalls(ours: OurLoop, device: str) -> tuple[list[Figure], dict[str, list[float]]]:
     """Saves of the whole state, each while training goes on."""
     found: dict[str, list[float]] = {"stall_s": [], "durable_s": [], "copy_s": []}
     size = sum(t.numel() * t.element_size() for tensors in ours.run._files().values() for t in tensors.values())

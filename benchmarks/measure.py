@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -90,7 +90,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float], *, resamples: int = 40
     return Ratio(float(np.median(ratios)), float(low), float(high), len(ratios))
 
 
-def rounds(sides: dict[str, Callable[[], Outcome]], count: int) -> dict[str, list[Outcome]]:
+def rounds(sides: Mapping[str, Callable[[], Outcome]], count: int) -> dict[str, list[Outcome]]:
     """What each side returned, `count` times: every round runs all sides, in the reverse order of the round before.
 
     With two sides this is ABBA: what drifts slowly falls on both alike.

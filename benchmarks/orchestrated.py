@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.measure import Figure, noise_of, ratio, report, rounds
+from benchmarks.measure import Figure, Ratio, noise_of, ratio, report, rounds
 from benchmarks.workload import BareJob, our_loop, scratch, two_million
 from trainers.config import RunConfig
 from trainers.config_io import dump_yaml
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     report("orchestrated", figures, quick=options.quick, steps=steps, settling=SETTLING, samples=found)
 
 
-def _ratio(found: dict[str, list[Steps]], mine: str, theirs: str, attribute: str):  # type: ignore[no-untyped-def]
+def _ratio(found: dict[str, list[Steps]], mine: str, theirs: str, attribute: str) -> Ratio:
     return ratio(*([getattr(steps, attribute) for steps in found[side]] for side in (mine, theirs)))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from benchmarks.bare_loop import BareLoop
-from benchmarks.measure import Cost, Figure, noise_of, ratio, report, rounds, timed
+from benchmarks.measure import Cost, Figure, Ratio, noise_of, ratio, report, rounds, timed
 from benchmarks.workload import BareJob, OurLoop, our_loop, scratch, small_as_shipped, two_million
 from trainers.config import RunConfig
 from trainers.record import series
@@ -29,7 +29,7 @@ class Comparison:
     losses: int
     equal_weights: bool
 
-    def ratio(self, ours: str, theirs: str, attribute: str = "seconds"):  # type: ignore[no-untyped-def]
+    def ratio(self, ours: str, theirs: str, attribute: str = "seconds") -> Ratio:
         return ratio(*([getattr(cost, attribute) for cost in self.costs[side]] for side in (ours, theirs)))
 
     def median_step_ms(self, side: str) -> float:

@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from orchestrator.console import err, silence
+from orchestrator.console import err, open_streams, silence
 from orchestrator.verbs import records, text, training
 from trainers.errors import Superseded, TrainingFailed, UserError
 
@@ -82,6 +82,7 @@ def orchestrate(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code. Nothing a person types gives a traceback."""
+    open_streams()
     typed = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = _invoke(typed)
@@ -90,8 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has what it wanted
         silence(1)
         return DONE
-    except KeyboardInterrupt:
-        _say("stopped", "by Ctrl-C.")
+    except KeyboardInterrupt as stop:
+        _say("stopped", "by Ctrl-C." if str(stop) in ("", "SIGINT") else f"by {stop}.")
         return STOPPED if typed[:1] == ["train"] and "--dry-run" not in typed else INTERRUPTED
     except UserError as error:
         _say("error", str(error))
@@ -159,7 +160,7 @@ def _say(kind: str, message: str) -> None:
     style = "bold red" if kind in ("error", "training failed", "internal error") else "bold yellow"
     try:
         err().print(Text.assemble((f"{kind}: ", style), lines), soft_wrap=True)
-    except BrokenPipeError:
+    except OSError:  # nobody reads, or the disk behind it is full: the exit code says it all
         silence(2)
 
 

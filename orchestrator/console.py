@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,23 @@ def out() -> QuietConsole:
 def err() -> QuietConsole:
     """Errors and, under --json, progress go here."""
     return QuietConsole(stderr=True, highlight=False)
+
+
+def open_streams() -> None:
+    """Give a standard stream that was closed (`>&-`) to nowhere, and let none fail on a letter it cannot write.
+
+    Else the next file opened, the database say, would get the free number, and whatever is printed would go into it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def silence(stream_number: int) -> None:

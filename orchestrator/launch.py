@@ -26,6 +26,7 @@ from orchestrator.experiment import OUTCOME, Experiment, Request, settle, write_
 from orchestrator.plan import BYTES_PER_VALUE, total_steps
 from orchestrator.presets_table import closed_form_parameters
 from orchestrator.ray_cluster import ray_cluster, resources_per_worker
+from orchestrator.ray_trainer import WORKER_RESTARTS, build_trainer
 from orchestrator.tracker import Tracker, owes
 from trainers.claim import Claim
 from trainers.config import RunConfig
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from orchestrator.feeder import Delivered
 
 POLL_S = 0.2  # how often the driver looks at the record
-WORKER_RESTARTS = 3  # crashes of a worker that Ray mends from the last checkpoint
 LAST_WORDS_S = 30.0  # for the workers to end by themselves once one of them has said how the run ended
 DONE, STOPPED = 0, 75
 METRICS = "metrics.jsonl"
@@ -88,7 +88,7 @@ def cache_dir(runs_dir: Path) -> Path:
 
 @contextlib.contextmanager
 def new_folder(run_dir: Path) -> Iterator[None]:
-    """The run's folder; taken away again when bad input is found before anything worth keeping is in it."""
+    """The run's folder; taken away again when bad input or Ctrl-C comes before anything worth keeping is in it."""
     existed = run_dir.exists()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def new_folder(run_dir: Path) -> Iterator[None]:
         ) from error
     try:
         yield
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         if not existed and not any((run_dir / "checkpoints").glob("step-*")):
             shutil.rmtree(run_dir, ignore_errors=True)
         raise
@@ -117,6 +117,7 @@ class Driver:
         self.generation = claim.generation
         self.stop_reason: str | None = None
         self._asked = False
+        self._nothing_to_save = False
         self._offsets = {METRICS: 0, NOTES: 0}
         self._started = time.monotonic()
         self.display = Display(
@@ -128,9 +129,10 @@ class Driver:
 
     def run(self) -> int:
         with self.display, self._stopping_on_signals():
-            self._clean_up_after_the_last_claim()
-            data = prepare(self.config, cache_dir(self.request.runs_dir), progress=self.display.packing)
+            with self._leaving_at_once():
+                data = prepare(self.config, cache_dir(self.request.runs_dir), progress=self.display.packing)
             check_model(self.config, data.tokenizer.vocab_size)
+            self._clean_up_after_the_last_claim()
             # Only now: a text that is refused leaves no store behind. It opens while Ray starts.
             tracker = Tracker(self.experiment, self.request.runs_dir, self.display.note)
             self.display.total_steps = total_steps(self.config, data)
@@ -142,7 +144,13 @@ class Driver:
             )
             self.display.status("starting Ray")
             log = self.run_dir / "logs" / "ray.log"
-            with ray_cluster(self.config.workers, verbose=self.request.verbose, log_path=log) as ray:
+            # Signals a second time: ray.init takes SIGTERM for itself, and would end the driver where it stands.
+            with (
+                ray_cluster(self.config.workers, verbose=self.request.verbose, log_path=log) as ray,
+                self._stopping_on_signals(),
+            ):
+                if self.stop_reason:
+                    raise KeyboardInterrupt(self.stop_reason)
                 share = resources_per_worker(ray, self.config.workers, self.config.device)
                 self.display.status("opening MLflow")
                 tracker.open()
@@ -210,6 +218,8 @@ class Driver:
             if self.stop_reason:
                 os._exit(128 + number)
             self.stop_reason = signal.Signals(number).name
+            if self._nothing_to_save:
+                raise KeyboardInterrupt(self.stop_reason)
 
         before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
         try:
@@ -217,6 +227,15 @@ class Driver:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def _leaving_at_once(self) -> Iterator[None]:
+        """While text is packed there is nothing to save and nobody to ask: a signal is KeyboardInterrupt."""
+        self._nothing_to_save = True
+        try:
+            yield
+        finally:
+            self._nothing_to_save = False
 
     # ---- afterwards -----------------------------------------------------------------------------
 
@@ -249,29 +268,10 @@ class Fit(threading.Thread):
         self.error: BaseException | None = None
 
     def run(self) -> None:
-        import ray.train
-        from ray.train.torch import TorchConfig, TorchTrainer
-
         from orchestrator.worker import work
 
-        trainer = TorchTrainer(
-            work,
-            train_loop_config=self.job,
-            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if self.gpus else "gloo"),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=self.workers,
-                use_gpu=self.gpus > 0,
-                resources_per_worker={"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})},
-            ),
-            run_config=ray.train.RunConfig(
-                # A name of its own for every claim: Ray's snapshot of another life is never read (it may be torn).
-                name=f"claim-{self.job['generation']}",
-                storage_path=str(Path(self.job["run_dir"]) / ".ray"),
-                failure_config=ray.train.FailureConfig(max_failures=WORKER_RESTARTS),
-            ),
-        )
         try:
-            trainer.fit()
+            build_trainer(work, self.job, workers=self.workers, cpus=self.cpus, gpus=self.gpus).fit()
         except Exception as error:  # the driver decides, by the outcome the workers wrote
             self.error = error
 

@@ -6,6 +6,8 @@ import contextlib
 import logging
 import os
 import secrets
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +52,8 @@ def ray_cluster(workers: int, *, verbose: bool, log_path: Path) -> Iterator[Any]
     if not verbose:
         _hush_the_raylet()
     try:
-        yield ray
+        with contextlib.nullcontext() if address else _agents_die_with_us():
+            yield ray
     finally:
         ray.shutdown()
 
@@ -81,6 +84,9 @@ def _environment(verbose: bool) -> None:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     }
+    if not os.environ.get("RAY_ADDRESS"):
+        defaults["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody takes this machine away with a notice
+        defaults["RAY_prestart_worker_first_driver"] = "0"  # a worker has an environment of its own, so starts anew
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     if not os.environ.get("RAY_AUTH_TOKEN") and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
@@ -115,6 +121,31 @@ def _log_to_file(path: Path, verbose: bool) -> None:
         logger = logging.getLogger(name)
         logger.handlers = [handler] if name == "ray" else []
         logger.propagate = verbose if name == "ray" else True
+
+
+# A shell that waits for the end of the driver, whose pipe it reads, and asks each process for its name before it kills.
+LAST_RITES = """read _; sleep 5; for p in "$@"; do case $(cat /proc/$p/comm) in ray::*) kill -9 $p;; esac; done"""
+
+
+@contextlib.contextmanager
+def _agents_die_with_us() -> Iterator[None]:
+    """When this process is killed, Ray's agents follow in seconds.
+
+    The raylet and the workers do by themselves. The agents first report the death to the cluster's head, and wait a
+    minute for an answer although it is dead too (`publish_error`, ray 2.60).
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    import psutil
+
+    below = [str(process.pid) for process in psutil.Process().children(recursive=True)]
+    command = ["/bin/sh", "-c", f"exec >/dev/null 2>&1; {LAST_RITES}", "sh", *below]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as watch:
+        try:
+            yield
+        finally:
+            watch.kill()
 
 
 def _hush_the_raylet() -> None:

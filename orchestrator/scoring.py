@@ -12,6 +12,7 @@ from orchestrator.console import count, err, out, print_json
 from orchestrator.runs import existing_run, name_in
 from orchestrator.target import absolute
 from trainers.config import SourceConfig
+from trainers.errors import UserError
 
 if TYPE_CHECKING:
     from orchestrator.trained import Trained
@@ -45,6 +46,7 @@ def score_run(
     trained = open_trained(runs_dir, run, checkpoint=checkpoint, device=device)
     with tempfile.TemporaryDirectory(prefix="orchestrate-") as folder:
         text, label = _text(trained, data, text_field, runs_dir, Path(folder))
+        _say_unknown(trained, text, label)
         scores = score(trained, text)
     if json:
         print_json(
@@ -85,6 +87,16 @@ def score(trained: Trained, text: PackedTokens) -> dict[str, float]:
     )
 
 
+def _say_unknown(trained: Trained, text: PackedTokens, label: str) -> None:
+    """A note where characters of the text are not in the vocabulary: each counts as the same one, <UNK>."""
+    from trainers.data.tokenizers import UNK
+
+    if trained.tokenizer.kind == "characters" and (unknown := int((text.tokens == UNK).sum())):
+        share = unknown / max(1, len(text))
+        note = f"{count(unknown)} characters of {label} ({share:.1%}) are unknown to this model: scored as <UNK>."
+        err().print(Text(note, style="yellow"), soft_wrap=True)
+
+
 def _text(
     trained: Trained, data: str | None, text_field: str | None, runs_dir: Path, folder: Path
 ) -> tuple[PackedTokens, str]:
@@ -94,6 +106,8 @@ def _text(
 
         prepared = prepare(trained.config, runs_dir / ".cache", progress=_progress)
         return prepared.phases[-1].validation, "its validation text"
+    if not data:
+        raise UserError("DATA is empty: name a file, a folder, python-stdlib or hf:OWNER/NAME.")
     from trainers.data.corpora import open_corpus
     from trainers.data.packed import build_packed
 

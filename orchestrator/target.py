@@ -224,8 +224,10 @@ def _refuse_runs_among_text(config: RunConfig, runs_dir: Path) -> None:
     """A runs folder below a corpus would make every run part of the text of the next (names with a dot are no text)."""
     runs = runs_dir.resolve()
     for corpus in sorted({source.corpus for phase in config.resolved_phases() for source in phase.data.sources}):
+        if NOT_PATHS.match(corpus) or not os.path.isdir(corpus):
+            continue
         folder = Path(os.path.realpath(corpus))
-        if NOT_PATHS.match(corpus) or not folder.is_dir() or not runs.is_relative_to(folder):
+        if not runs.is_relative_to(folder):
             continue
         if not any(part.startswith(".") for part in runs.relative_to(folder).parts):
             raise UserError(

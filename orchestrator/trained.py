@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from rich.text import Text
 from torch import nn
 
+from orchestrator.console import err
 from orchestrator.runs import existing_run
 from trainers.checkpoint import Checkpoint, CheckpointStore
 from trainers.config import ModelConfig, RunConfig
@@ -43,7 +46,7 @@ def open_trained(runs_dir: Path, name: str, *, checkpoint: str | None, device: s
     folder = existing_run(runs_dir, name)
     target = resolve_device(device)
     config = build_config(read_yaml(folder / "config.yaml"))
-    found = choose(CheckpointStore(folder / "checkpoints", None), folder.name, checkpoint)
+    found = choose(CheckpointStore(folder / "checkpoints", None, warn=_once()), folder.name, checkpoint)
     model = build_model(ModelConfig.model_validate(found.meta["model"]), found.meta["vocab_size"])
     load_weights(model, found)
     return Trained(
@@ -74,6 +77,18 @@ def choose(store: CheckpointStore, name: str, which: str | None) -> Checkpoint:
             what = f"no sound checkpoint: {len(damaged)} are there, all damaged or not the one asked for"
         raise UserError(f"run {name!r} has {what}. `orchestrate status {name}` shows what it has.")
     return found
+
+
+def _once() -> Callable[[str], None]:
+    """Says each thing once: the best checkpoint is looked for, and then the newest, among the same ones."""
+    said: set[str] = set()
+
+    def warn(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            err().print(Text(text, style="yellow"), soft_wrap=True)
+
+    return warn
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:

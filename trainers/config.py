@@ -42,12 +42,13 @@ class Frozen(BaseModel):
 class ModelConfig(Frozen):
     """A decoder-only transformer; every dense architecture of the presets is a setting of these fields."""
 
-    d_model: PositiveInt = 128
-    n_layers: Annotated[int, Field(gt=0, le=10_000)] = 2
+    # The upper bounds lie far beyond any model; below them every count and byte fits into 64 bits.
+    d_model: Annotated[int, Field(gt=0, le=10**6)] = 128
+    n_layers: Annotated[int, Field(gt=0, le=1000)] = 2
     n_heads: PositiveInt = 4
-    d_ff: PositiveInt | None = None  # hidden width of the feed-forward part; None means 4 x d_model
-    context_length: PositiveInt = 64  # longest sequence the position scheme covers
-    vocab_size: PositiveInt | None = None  # None: whatever the tokenizer has
+    d_ff: Annotated[int, Field(gt=0, le=10**7)] | None = None  # feed-forward width; None means 4 x d_model
+    context_length: Annotated[int, Field(gt=0, le=10**9)] = 64  # longest sequence the position scheme covers
+    vocab_size: Annotated[int, Field(gt=0, le=10**8)] | None = None  # None: what the tokenizer has
     norm: Literal["layernorm", "rmsnorm", "deepnorm"] = "rmsnorm"
     norm_position: Literal["pre", "post"] = "pre"
     norm_eps: PositiveFloat | None = None  # None: 1e-6 for rmsnorm, 1e-5 for the others

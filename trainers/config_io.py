@@ -102,7 +102,7 @@ def _problem(problem: Mapping[str, Any], data: Mapping[str, Any]) -> str:
         case "tuple_type":
             return f"{path}: must be a list, got {_shown(problem['input'])}."
     if problem["type"] == "too_short":
-        return f"{path}: needs at least {problem['ctx']['min_length']} entry, got none."
+        return f"{path}: needs at least {problem['ctx']['min_length']} item, got none."
     rule = problem["msg"].replace("Input should be", "must be").replace("Input should have", "must have")
     return f"{path}: {rule}, got {_shown(problem['input'])}."
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from trainers.config import SourceConfig
 from trainers.data.content_hash import CORPUS_FORMAT, FileHashes, digest
+from trainers.data.hub import repository
 from trainers.data.pieces import Piece, document_pieces, normalise_newlines, whole_documents
 from trainers.errors import DataError, UserError
 
@@ -85,10 +86,9 @@ def load_dataset(source: SourceConfig) -> Any:
         raise UserError(
             f"{source.corpus}: Hugging Face datasets need the datasets package: pip install datasets"
         ) from None
+    name = repository(source)
     try:
-        return datasets.load_dataset(
-            source.corpus.removeprefix("hf:"), source.subset, split=source.split, revision=source.revision
-        )
+        return datasets.load_dataset(name, source.subset, split=source.split, revision=source.revision)
     except Exception as error:  # the libraries below raise a dozen unrelated classes, all of them about this request
         first_line = (str(error).strip() or "no further message").splitlines()[0]
         raise DataError(

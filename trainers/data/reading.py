@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import gzip
 import io
 import zlib
@@ -43,6 +44,8 @@ def blocks(path: Path, compression: str) -> Iterator[Block]:
 
 def unreadable(path: Path, error: OSError) -> DataError:
     """The error for a file or folder the system will not open."""
+    if error.errno == errno.ENAMETOOLONG:
+        return DataError(f"{str(path)[:60]}...: no file's name can be this long ({len(str(path)):,} characters).")
     if isinstance(error, PermissionError):
         return DataError(f"{path}: no permission to read it.")
     return DataError(f"{path}: cannot be read ({error.strerror or error}).")

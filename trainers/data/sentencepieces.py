@@ -121,11 +121,13 @@ def _sentences(texts: Iterable[str], progress: Progress, total_bytes: int) -> It
 def load(path: Path, kind: str) -> SentencePieceTokenizer:
     """The tokenizer of a SentencePiece .model file. Raises DataError where it cannot be loaded."""
     try:
-        model = path.read_bytes()
+        model = path.read_bytes() if path.is_file() else None
     except OSError as error:
         raise DataError(
             f"no tokenizer file {path} ({error.strerror}). tokenizer.path of kind {kind} is a SentencePiece .model."
         ) from None
+    if model is None:
+        raise DataError(f"no tokenizer file {path}. tokenizer.path of kind {kind} is a SentencePiece .model.")
     try:
         return SentencePieceTokenizer(model, kind)
     except RuntimeError:

@@ -1,0 +1,58 @@
+"""Ray Train's trainer of one run, without the parts of Ray Train that a run has no use for.
+
+Each of them is a process that imports ray.train for 1.7 s of CPU, on the cores that the workers start on: together
+they delay the first step by a third on a small machine (benchmarks/first_step.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WORKER_RESTARTS = 3  # crashes of a worker that Ray mends from the last checkpoint
+UNUSED = {"DatasetsCallback"}  # deals out Ray Datasets; ours are packed files
+UNUSED_ALONE = {"PlacementGroupCleanerCallback"}  # frees what a dead controller held; a cluster of ours dies with it
+
+
+def build_trainer(
+    work: Callable[[dict[str, Any]], None], job: dict[str, Any], *, workers: int, cpus: int, gpus: int
+) -> Any:
+    """The trainer whose `fit` runs `work(job)` on `workers` workers with `cpus` and `gpus` each.
+
+    One worker has nobody to talk to and gets no process group, so that neither this process nor Ray Train's
+    controller imports torch.
+    """
+    import ray.train
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    unused = UNUSED if os.environ.get("RAY_ADDRESS") else UNUSED | UNUSED_ALONE
+
+    class LeanTrainer(DataParallelTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            # Should Ray rename the method or the callbacks, all that is lost is the time they take.
+            return [each for each in super()._create_default_callbacks() if type(each).__name__ not in unused]
+
+    return LeanTrainer(
+        work,
+        train_loop_config=job,
+        backend_config=_process_group(gpus) if workers > 1 else None,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            # A name of its own for every claim: Ray's snapshot of another life is never read (it may be torn).
+            name=f"claim-{job['generation']}",
+            storage_path=str(Path(job["run_dir"]) / ".ray"),
+            failure_config=ray.train.FailureConfig(max_failures=WORKER_RESTARTS),
+        ),
+    )
+
+
+def _process_group(gpus: int) -> Any:
+    from ray.train.torch import TorchConfig
+
+    return TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo")
