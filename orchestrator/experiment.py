@@ -18,6 +18,7 @@ from trainers.initial import initial_hash
 
 IDENTITY = "identity.json"
 OUTCOME = "outcome.json"
+FOLDERS = ("checkpoints", "logs", "plots", "samples", "tokenizer")
 ENDINGS = ("finished", "stopped", "failed")
 RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 
@@ -72,6 +73,7 @@ def settle(config: RunConfig, request: Request, data_hashes: tuple[str, ...]) ->
     run_dir = confined(request.runs_dir, name)
     if request.fresh and run_dir.exists():
         name, run_dir = _next_free(request.runs_dir, name)
+    _refuse_other_than_folders(run_dir)
     stored = _stored_identity(run_dir)
     experiment = Experiment(name, run_dir, config, digest, fields, stored is not None, extended=False)
     if stored is None or stored["fingerprint"] == digest:
@@ -154,6 +156,14 @@ def _stored_identity(run_dir: Path) -> dict[str, Any] | None:
             f"{run_dir} holds checkpoints but no readable {IDENTITY}: move it away or choose another --name."
         )
     return None
+
+
+def _refuse_other_than_folders(run_dir: Path) -> None:
+    """Else a whole training would end at its first save."""
+    for name in FOLDERS:
+        path = run_dir / name
+        if os.path.lexists(path) and not path.is_dir():
+            raise ConfigError(f"{path} is no folder, and the run needs one of that name: move it away.")
 
 
 def _next_free(runs_dir: Path, name: str) -> tuple[str, Path]:

@@ -38,7 +38,7 @@ def work(job: dict[str, Any]) -> None:
     except (UserError, TrainingFailed) as error:
         _end_in_failure(context, f"{'bad_input' if isinstance(error, UserError) else 'training_failed'}: {error}")
     except Exception as error:
-        if _no_accident(context, error):
+        if no_accident(context, error):
             _end_in_failure(context, f"crashed twice alike, {_told(error)} (logs/{_failure_name(context)}.txt)")
         raise
 
@@ -75,7 +75,7 @@ def _end_in_failure(context: Any, reason: str) -> None:
         write_outcome(context, Outcome("failed", reason, row.get("step", 0), row.get("tokens", 0), {}))
 
 
-def _no_accident(context: Any, error: Exception) -> bool:
+def no_accident(context: Any, error: Exception) -> bool:
     """Whether this rank met the same error in an earlier attempt and the run has recorded nothing new since.
 
     Ray repeats the attempt after any error; one that comes back at the same place would come back for ever.

@@ -284,6 +284,11 @@ DAMAGE: dict[str, tuple[Setup, list[str], str]] = {
         TRAIN,
         "claim",
     ),
+    "no folder for checkpoints": (
+        unfinished(lambda run: (shutil.rmtree(run / "checkpoints"), (run / "checkpoints").write_text("x"))),
+        TRAIN,
+        "is no folder",
+    ),
     "tokenizer is gone": (lambda run: shutil.rmtree(run / "tokenizer"), GENERATE, "tokenizer"),
     "tokenizer is of another kind": (instead("tokenizer/characters.json", '{"a": [1]}'), GENERATE, "characters.json"),
     "tokenizer was changed": (

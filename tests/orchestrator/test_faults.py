@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.worker import no_accident
 from tests.orchestrator.episodes import kill_driver, kill_workers, lock_store, stop
 from tests.orchestrator.faults import (
     PROJECT,
@@ -23,10 +24,13 @@ from tests.orchestrator.faults import (
     assert_told_once,
     claim_of,
     left,
+    newest_step,
     read,
     tracked,
 )
 from tests.trainers.crash import Ending, merged
+from trainers.claim import Claim, Guard
+from trainers.context import RunFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -91,3 +95,32 @@ def test_training_that_cannot_go_on_says_so(place: Place) -> None:
     assert read(command.run_dir, "outcome.json")["state"] == "failed"
     told = tracked(place.runs, read(command.run_dir, "identity.json")["mlflow_run_id"])
     assert told.status == "FAILED"
+
+
+def test_a_crash_that_comes_back_ends_the_run(place: Place) -> None:
+    """Samples cannot be written, which nobody foresaw: Ray tries again, and it is the same at the same place."""
+    run_dir = place.runs / "crashing"
+    run_dir.mkdir(parents=True)
+    (run_dir / "samples").write_text("a file where the folder should be")
+    command = place.run("crashing", "--workers", "2").expect(3)
+    assert "crashed twice alike" in command.output and "samples" in command.output
+    assert "Traceback" not in command.output
+    assert "Traceback" in (run_dir / "logs" / "failure-rank-00000.txt").read_text()
+    assert read(run_dir, "outcome.json")["step"] == newest_step(run_dir) == 40
+    assert claim_of(run_dir).attempt == 3  # the third finds that the run has ended
+    told = tracked(place.runs, read(run_dir, "identity.json")["mlflow_run_id"])
+    assert told.status == "FAILED"
+
+
+def test_a_crash_elsewhere_is_an_accident(tmp_path: Path) -> None:
+    with Claim.acquire(tmp_path / "run") as claim:
+        guard = Guard.begin_attempt(tmp_path / "run", claim.generation)
+        context = RunFolder(tmp_path / "run", tmp_path, guard, rank=0, world_size=2, local_rank=0)
+        other = RunFolder(tmp_path / "run", tmp_path, guard, rank=1, world_size=2, local_rank=1)
+        record = tmp_path / "run" / "metrics.jsonl"
+        assert not no_accident(context, OSError("peer gone"))
+        assert not no_accident(other, OSError("peer gone"))  # both ranks of one attempt
+        record.write_text("a new row\n")
+        assert not no_accident(context, OSError("peer gone"))
+        assert not no_accident(context, OSError("something else"))
+        assert no_accident(context, OSError("something else"))
