@@ -1,1 +1,1 @@
-"""Runs trainings through Ray and records them in MLflow: the command line, the driver, the record's way to the store."""
+"""Runs trainings through Ray and records them in MLflow: the command line, the driver, the way to the store."""

@@ -43,7 +43,7 @@ def environment(device: torch.device | str, world_size: int, compile: bool) -> d
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
         found["cuda"] = str(torch.version.cuda or torch.version.hip)
-        found["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
+        found["cudnn"] = str(torch.backends.cudnn.version())
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.orchestrator.faults import (
@@ -23,8 +24,8 @@ from tests.orchestrator.faults import (
     left,
     newest_step,
     read,
+    seconds_until_gone,
     spoil_ray,
-    wait_until_gone,
 )
 from tests.trainers.crash import Ending, merged
 from trainers.record import read_rows
@@ -76,25 +77,28 @@ def kill_driver(
     assert again.started - died < 0.1
     assert alive(old_workers), "the workers died with the driver: nothing was shown"
     spoiled = spoil_ray(killed.run_dir, spoil) if spoil else []
+    with ThreadPoolExecutor(1) as pool:
+        orphans_s = pool.submit(seconds_until_gone, killed.family)
+        see_that_old_workers_write_nothing(again)
+    again.expect(0)
+    assert_same(again.run_dir, whole)
+    assert assert_told_once(place.runs, again.run_dir).run_id == run_id
+    return {"last_orphan_after_s": orphans_s.result(), "files_of_ray_damaged": len(spoiled)}
 
+
+def see_that_old_workers_write_nothing(again: Command) -> None:
+    """From the second claim until its own workers begin."""
     again.wait_until(lambda: claim_of(again.run_dir).generation == 2, "the second claim")
     standing = (newest_step(again.run_dir), checkpoint_steps(again.run_dir))
     again.wait_until(lambda: claim_of(again.run_dir).attempt > 0, "the workers of the second claim")
     assert (newest_step(again.run_dir), checkpoint_steps(again.run_dir)) == standing, "an old worker wrote"
-    orphans = wait_until_gone(killed.family, 30 - (time.monotonic() - died))
-    assert not orphans, orphans
-    gone_s = time.monotonic() - died
-
-    again.expect(0)
-    assert_same(again.run_dir, whole)
-    assert assert_told_once(place.runs, again.run_dir).run_id == run_id
-    return {"no_orphan_after_s_at_most": round(gone_s, 1), "files_of_ray_damaged": len(spoiled)}
 
 
 def stop(place: Place, name: str, arguments: Sequence[str], step: int, how: str) -> tuple[Command, Measured]:
     """A signal once the record has reached `step`: SIGINT as Ctrl-C sends it, to all processes of the terminal."""
     command = place.start(name, *arguments)
     command.wait_for_step(step)
+    command.look_around()
     asked = time.monotonic()
     command.interrupt() if how == "SIGINT" else command.send(signal.Signals[how])
     command.expect(75)
@@ -104,9 +108,13 @@ def stop(place: Place, name: str, arguments: Sequence[str], step: int, how: str)
     # A checkpoint of the very step it stopped at: going on repeats nothing.
     assert checkpoint_steps(command.run_dir)[-1] == newest_step(command.run_dir) == outcome["step"]
     assert assert_told_once(place.runs, command.run_dir, "KILLED").tags["stop_reason"] == how
-    assert not wait_until_gone(command.family)
+    orphans_s = seconds_until_gone(command.family)
     assert "Traceback" not in command.output
-    return command, {"step": outcome["step"], "signal_to_exit_s": round(ended_s, 2)}
+    return command, {
+        "step": outcome["step"],
+        "signal_to_exit_s": round(ended_s, 2),
+        "last_orphan_after_s": orphans_s,
+    }
 
 
 def lock_store(place: Place, command: Command, whole: Ending, *, until_the_end: bool = False) -> Measured:

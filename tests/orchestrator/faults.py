@@ -213,12 +213,13 @@ def alive(processes: set[psutil.Process]) -> set[psutil.Process]:
     return running
 
 
-def wait_until_gone(processes: set[psutil.Process], seconds: float = 30.0) -> set[psutil.Process]:
-    """What is left of them after so long."""
-    deadline = time.monotonic() + seconds
-    while (left := alive(processes)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return left
+def seconds_until_gone(processes: set[psutil.Process], at_most: float = 30.0) -> float:
+    """How long they took to end; AssertionError where some are left after `at_most`."""
+    started = time.monotonic()
+    while left := alive(processes):
+        assert time.monotonic() - started < at_most, f"orphans after {at_most:g} s: {left}"
+        time.sleep(0.1)
+    return round(time.monotonic() - started, 1)
 
 
 # ---- the run's folder --------------------------------------------------------------------------------
