@@ -79,6 +79,11 @@ def settle(config: RunConfig, request: Request, data_hashes: tuple[str, ...]) ->
     if stored is None or stored["fingerprint"] == digest:
         return experiment
     if _only_more_budget(stored["fields"], fields):
+        if (experiment.outcome or {}).get("reason") == "early_stopping":
+            raise ConfigError(
+                f"run {name!r} was ended by early stopping, not by its budget, so a larger budget changes nothing. "
+                f"Start a new run from its weights: --init-from {name} early_stopping.patience=0."
+            )
         _refuse_rewritten_past(config, stored["fields"], fields)
         return replace(experiment, extended=True)
     changed = "\n  ".join(differences(stored["fields"], fields))

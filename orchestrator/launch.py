@@ -25,7 +25,7 @@ from orchestrator.display import Display
 from orchestrator.experiment import OUTCOME, Experiment, Request, settle, write_atomically, write_identity
 from orchestrator.plan import BYTES_PER_VALUE, total_steps
 from orchestrator.presets_table import closed_form_parameters
-from orchestrator.ray_cluster import ray_cluster, resources_per_worker
+from orchestrator.ray_cluster import Resources, ray_cluster, resources_per_worker
 from orchestrator.ray_trainer import WORKER_RESTARTS, build_trainer
 from orchestrator.tracker import Tracker, owes
 from trainers.claim import Claim
@@ -59,7 +59,7 @@ def train(config: RunConfig, request: Request) -> int:
     outcome = experiment.outcome
     if outcome and outcome["state"] == "finished" and not experiment.extended:
         return already_finished(experiment, request)
-    with new_folder(experiment.run_dir), Claim.acquire(experiment.run_dir, say=say) as claim:
+    with claimed(experiment) as claim:
         return Driver(experiment, request, claim).run()
 
 
@@ -87,23 +87,50 @@ def cache_dir(runs_dir: Path) -> Path:
 
 
 @contextlib.contextmanager
-def new_folder(run_dir: Path) -> Iterator[None]:
-    """The run's folder; taken away again when bad input or Ctrl-C comes before anything worth keeping is in it."""
-    existed = run_dir.exists()
+def claimed(experiment: Experiment) -> Iterator[Claim]:
+    """The claim on the run's folder, made if need be; a folder that we made goes away again when bad input or Ctrl-C
+    comes before anything worth keeping is in it."""
+    run_dir = experiment.run_dir
+    made = make_folder(run_dir)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        claim = Claim.acquire(run_dir, say=say)
+    except UserError:
+        if made:
+            with contextlib.suppress(OSError):
+                run_dir.rmdir()  # succeeds only while nobody else has begun here
+        raise
+    with claim:
+        try:
+            refuse_another(experiment)
+            yield claim
+        except (UserError, KeyboardInterrupt):
+            if made and not any((run_dir / "checkpoints").glob("step-*")):
+                shutil.rmtree(run_dir, ignore_errors=True)
+            raise
+
+
+def make_folder(run_dir: Path) -> bool:
+    """Whether the folder is ours: made just now, by this process."""
+    try:
+        run_dir.mkdir(parents=True)
     except FileExistsError as error:
+        if run_dir.is_dir():
+            return False
         raise UserError(f"{run_dir} is a file: move it away, or choose another --name.") from error
     except OSError as error:
         raise UserError(
             f"cannot make {run_dir}: {error.strerror}. Choose a --runs-dir that you may write to."
         ) from error
-    try:
-        yield
-    except (UserError, KeyboardInterrupt):
-        if not existed and not any((run_dir / "checkpoints").glob("step-*")):
-            shutil.rmtree(run_dir, ignore_errors=True)
-        raise
+    return True
+
+
+def refuse_another(experiment: Experiment) -> None:
+    """Whoever claimed the name between our look and our claim may have made it another run."""
+    standing = experiment.identity.get("fingerprint", experiment.fingerprint)
+    if standing != experiment.fingerprint and not experiment.extended:
+        raise UserError(
+            f"run {experiment.name!r} was begun meanwhile with another configuration. Choose another --name."
+        )
 
 
 class Driver:
@@ -155,22 +182,28 @@ class Driver:
                 self.display.status("opening MLflow")
                 tracker.open()
                 self.display.status("starting the workers")
-                error = self._watch(Fit(self._job(share.cpus), self.config.workers, share.cpus, share.gpus), tracker)
-            return self._conclude(tracker, error)
+                with ended_truthfully(tracker):
+                    error = self._watch(Fit(self._job(share), self.config.workers, share))
+            with ended_truthfully(tracker):
+                return self._conclude(tracker, error)
 
     # ---- while it runs --------------------------------------------------------------------------
 
-    def _job(self, threads: int) -> dict[str, Any]:
+    def _job(self, share: Resources) -> dict[str, Any]:
+        # Ray's share decides for all workers alike: two workers on a box with one GPU compute on the CPU.
+        device = "cpu" if self.config.device == "auto" and share.gpus_there and not share.gpus else self.config.device
         return {
-            "config": self.config.model_dump(mode="json"),
+            "config": self.config.model_copy(update={"device": device}).model_dump(mode="json"),
             "run_dir": str(self.run_dir),
             "cache_dir": str(cache_dir(self.request.runs_dir)),
             "generation": self.generation,
-            "threads": threads,
+            "threads": share.cpus,
+            "tracking": {"mlflow_run_id": self.experiment.identity["mlflow_run_id"]},
         }
 
-    def _watch(self, fit: Fit, tracker: Tracker) -> BaseException | None:
+    def _watch(self, fit: Fit) -> BaseException | None:
         """Show and send on what the workers record until they are done; their error, if they had one."""
+        (self.run_dir / OUTCOME).unlink(missing_ok=True)  # only now: until here the last ending stands
         fit.start()
         while fit.is_alive() and not self._waits_in_vain():
             fit.join(POLL_S)
@@ -203,8 +236,9 @@ class Driver:
                 yield item
 
     def _clean_up_after_the_last_claim(self) -> None:
-        for name in (OUTCOME, STOP_REQUEST):
-            (self.run_dir / name).unlink(missing_ok=True)
+        (self.run_dir / STOP_REQUEST).unlink(missing_ok=True)
+        if self.experiment.extended:  # before the identity says so, or a kill would leave the larger run finished
+            (self.run_dir / OUTCOME).unlink(missing_ok=True)
         shutil.rmtree(self.run_dir / ".ray", ignore_errors=True)
         for name in self._offsets:
             path = self.run_dir / name
@@ -246,11 +280,11 @@ class Driver:
             outcome = {"state": "failed", "reason": reason}
             write_atomically(self.run_dir / OUTCOME, json.dumps(outcome) + "\n")
         shutil.rmtree(self.run_dir / ".ray", ignore_errors=True)
+        self.display.status("drawing the plots")
+        self._draw()
         if outcome["state"] == "failed":
             tracker.close(outcome)
             raise failure(outcome["reason"])
-        self.display.status("drawing the plots")
-        draw(self.run_dir, self.experiment.name)
         self.display.status("handing the rest to MLflow")
         delivered = tracker.close(outcome)
         self.display.close()
@@ -258,20 +292,39 @@ class Driver:
         show_closing(self.experiment, self.request, time.monotonic() - self._started, notes)
         return DONE if outcome["state"] == "finished" else STOPPED
 
+    def _draw(self) -> None:
+        """The pictures are worth a note when they fail, not the ending of a training that is done."""
+        try:
+            draw(self.run_dir, self.experiment.name)
+        except Exception as error:
+            self.display.note(f"the plots could not be drawn: {type(error).__name__}: {error}")
+
+
+@contextlib.contextmanager
+def ended_truthfully(tracker: Tracker) -> Iterator[None]:
+    """Whatever ends the driver inside, its MLflow run does not stay RUNNING."""
+    try:
+        yield
+    except (UserError, TrainingFailed):
+        raise  # the run was ended before these were raised
+    except BaseException as error:
+        tracker.close({"state": "failed", "reason": f"the driver ended: {type(error).__name__}: {error}"})
+        raise
+
 
 class Fit(threading.Thread):
     """Ray Train's blocking `fit` on a thread, so that the main thread keeps the signals and the terminal."""
 
-    def __init__(self, job: dict[str, Any], workers: int, cpus: int, gpus: int):
+    def __init__(self, job: dict[str, Any], workers: int, share: Resources):
         super().__init__(name="ray-train", daemon=True)
-        self.job, self.workers, self.cpus, self.gpus = job, workers, cpus, gpus
+        self.job, self.workers, self.share = job, workers, share
         self.error: BaseException | None = None
 
     def run(self) -> None:
         from orchestrator.worker import work
 
         try:
-            build_trainer(work, self.job, workers=self.workers, cpus=self.cpus, gpus=self.gpus).fit()
+            build_trainer(work, self.job, workers=self.workers, cpus=self.share.cpus, gpus=self.share.gpus).fit()
         except Exception as error:  # the driver decides, by the outcome the workers wrote
             self.error = error
 

@@ -24,6 +24,9 @@ class Resources:
 
     cpus: int
     gpus: int
+    """1 or 0"""
+    gpus_there: int
+    """in the whole cluster"""
 
 
 @contextlib.contextmanager
@@ -43,7 +46,7 @@ def ray_cluster(workers: int, *, verbose: bool, log_path: Path) -> Iterator[Any]
     else:
         ray.init(
             address="local",
-            num_cpus=max(workers, os.cpu_count() or 1),
+            num_cpus=max(workers, usable_cpus()),
             include_dashboard=False,
             dashboard_host="127.0.0.1",
             log_to_driver=verbose,
@@ -71,7 +74,17 @@ def resources_per_worker(ray: Any, workers: int, device: str) -> Resources:
     cpus = int(total.get("CPU", 0))
     if cpus < workers:
         raise UserError(f"--workers {workers} needs a CPU each; the cluster has {cpus}. Lower --workers.")
-    return Resources(cpus // workers, int(wants_gpu))
+    one_node = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+    return Resources(min(cpus // workers, one_node), int(wants_gpu), gpus)
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use: its affinity, and the quota of its container (cgroup v2), whichever is less."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        cpus = min(cpus, max(1, int(quota) // int(period)))  # "max" is no number: no quota
+    return cpus
 
 
 def _environment(verbose: bool) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.experiment import Experiment, write_identity
 from orchestrator.provenance import describe_environment
 from orchestrator.redaction import redact
+from trainers.record import last_row
 
 if TYPE_CHECKING:
     from orchestrator.feeder import Delivered, Feeder
@@ -122,10 +123,23 @@ class Tracker:
         with contextlib.suppress(TrackingUnavailable, TrackingRefused):
             self._send_files(self._run)
             reason = "error" if outcome["state"] == "failed" else outcome["reason"]
-            for run in (*self._phases.values(), self._run):
-                run.finish(END_STATES[outcome["state"]], reason)
+            self._end_phases(outcome["state"], reason)
+            self._run.finish(END_STATES[outcome["state"]], reason)
             write_identity(self.experiment, mlflow_ended=True)
         return delivered
+
+    def _end_phases(self, state: str, reason: str) -> None:
+        """Each phase as it ended: those before the one the run stands in are done, those behind it have not begun."""
+        names = list(self._phases)
+        row = last_row(self.experiment.run_dir / "metrics.jsonl") or {}
+        reached = names.index(row["phase"]) if row.get("phase") in names else 0
+        for index, run in enumerate(self._phases.values()):
+            if state == "finished" or index < reached:
+                run.finish("FINISHED", "completed")
+            elif index == reached:
+                run.finish(END_STATES[state], reason)
+            else:
+                run.put_off()
 
     def _send_files(self, run: TrackedRun) -> None:
         folder = self.experiment.run_dir

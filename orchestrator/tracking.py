@@ -339,6 +339,11 @@ class TrackedRun:
             for batch in batches([RunTag(key, value) for key, value in legal.items()], MAX_PARAMS):
                 self.store.client.log_batch(self.run_id, tags=batch)
 
+    def put_off(self) -> None:
+        """Not begun yet: a phase behind the one where its run stopped."""
+        with _translated():
+            self.store.client.update_run(self.run_id, status="SCHEDULED")
+
     def finish(self, status: EndState, stop_reason: str) -> None:
         """How the run ended, truthfully; the reason stands in the tag `stop_reason`."""
         self.set_tags({STOP_REASON: stop_reason})

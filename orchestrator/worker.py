@@ -27,6 +27,7 @@ def work(job: dict[str, Any]) -> None:
     from trainers.loop import train
 
     context = ray_context(Path(job["run_dir"]), Path(job["cache_dir"]), job["generation"])
+    context.tracking = job["tracking"]
     if (context.run_dir / OUTCOME).exists():  # the run ended, and a worker died after that: nothing is left to do
         return
     if context.rank == 0 and context.guard.attempt > 1:

@@ -27,6 +27,8 @@ class RunContext(Protocol):
     run_dir: Path
     cache_dir: Path
     guard: Guard
+    tracking: dict[str, str]
+    """where the run is recorded besides (the MLflow run's id), for the checkpoint"""
 
     def should_stop(self) -> str | None:
         """Why to stop at the next step boundary, as this rank sees it; the loop lets all ranks agree."""
@@ -51,6 +53,7 @@ class RunFolder:
         self.rank = rank
         self.world_size = world_size
         self.local_rank = local_rank
+        self.tracking: dict[str, str] = {}
         self._stop_path = str(run_dir / STOP_REQUEST)
         self._signalled: str | None = None
 

@@ -37,8 +37,8 @@ class _Touch(nn.Module):
         super().__init__()
         self._parameters_to_touch = tuple(parameters)  # a tuple: not registered a second time
 
-    def forward(self) -> Tensor:
-        total = torch.zeros((), device=self._parameters_to_touch[0].device)
+    def forward(self, start: Tensor) -> Tensor:
+        total = start
         for parameter in self._parameters_to_touch:
             total = total + 0.0 * parameter.sum()
         return total
@@ -55,7 +55,7 @@ def _settle_buckets(ddp: DistributedDataParallel) -> None:
     model = ddp.module
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ddp.module = _Touch(parameters)
-    ddp().backward()
+    ddp(torch.zeros((), device=parameters[0].device)).backward()  # on a GPU, DDP wants an input to move there
     ddp.module = model
     for parameter in parameters:
         parameter.grad = None

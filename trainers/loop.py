@@ -65,14 +65,14 @@ def run_phase(run: Run, phase: ActivePhase) -> str | None:
         last = progress.phase_step == phase.steps
         evaluates = last or phase.evaluates_after(progress.phase_step)
         logs = evaluates or progress.step % config.logging.every_steps == 0
-        trouble = run.watch(update, logging=logs)
         if logs:
             run.log_step(phase, loss, targets, update)
-        if trouble is not None:
-            return trouble
+        trouble = run.watch(phase, update, logging=logs)
         best = run.evaluate(phase) if evaluates else False
         if best or last or progress.phase_over or phase.saves_after(progress.phase_step, progress.step):
             run.save(phase, best=best)
+        if trouble is not None:
+            return trouble
     return None
 
 

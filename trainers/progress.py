@@ -24,6 +24,8 @@ class Progress:
     """early stopping ended the present phase before its budget"""
     best: float | None = None
     """best evaluation of the present phase"""
+    reference: float | None = None
+    """the evaluation that later ones must beat by min_delta"""
     evaluations_without_improvement: int = 0
     last: dict[str, float] = field(default_factory=dict)
     """newest value of each metric, for the closing table"""
@@ -38,22 +40,22 @@ class Progress:
         self.phase_step = 0
         self.phase_over = False
         self.best = None
+        self.reference = None
         self.evaluations_without_improvement = 0
 
     def judge(self, metrics: dict[str, float], rule: EarlyStoppingConfig) -> bool:
         """Take in an evaluation; True when it is the best of the phase so far."""
         value = metrics[rule.metric]
-        if rule.mode == "min":
-            improved = not math.isnan(value) and (self.best is None or value < self.best - rule.min_delta)
-        else:
-            improved = not math.isnan(value) and (self.best is None or value > self.best + rule.min_delta)
-        if improved:
+        best = _better(value, self.best, rule.mode, 0.0)
+        if best:
             self.best = value
+        if _better(value, self.reference, rule.mode, rule.min_delta):
+            self.reference = value
             self.evaluations_without_improvement = 0
         else:
             self.evaluations_without_improvement += 1
         self.phase_over = 0 < rule.patience <= self.evaluations_without_improvement
-        return improved
+        return best
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -77,3 +79,12 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _better(value: float, than: float | None, mode: str, by: float) -> bool:
+    """Whether `value` beats `than` by more than `by`; a NaN beats nothing."""
+    if math.isnan(value):
+        return False
+    if than is None:
+        return True
+    return value < than - by if mode == "min" else value > than + by

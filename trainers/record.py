@@ -103,6 +103,10 @@ class MetricsRecord:
         os.fsync(self._descriptor)
 
     def close(self) -> None:
+        """Let go of the file, after one more try with lines that a full disk refused."""
+        if self._pending:
+            with self._guard.held():
+                self._flush()
         os.close(self._descriptor)
 
     # ---- what is known ------------------------------------------------------------------------------

@@ -53,13 +53,15 @@ class Run:
 
         self.device = resolve_device(config.device, ctx.local_rank)
         check_precision(config.precision, self.device)
-        seed_everything(config.seed, ctx.rank)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         self.peers = collective(ctx.world_size)
 
         self.data = prepare(config, ctx.cache_dir)
         torch.manual_seed(stream_seed(config.seed, "model"))
         vocab_size = config.model.vocab_size or self.data.tokenizer.vocab_size
         self.model = build(config.model, vocab_size)
+        seed_everything(config.seed, ctx.rank)
         self.objective = build_objective(config, self.phases[0])
         self.engine = TorchEngine(
             self.model.to(self.device),
@@ -115,6 +117,11 @@ class Run:
 
     def _restore_from(self, checkpoint: Checkpoint) -> None:
         meta = checkpoint.meta
+        if meta["tokenizer"] != self.data.tokenizer.fingerprint:
+            raise CheckpointError(
+                f"{checkpoint.path} was trained with another tokenizer than the one its text gives now: its ids would "
+                f"mean other text. Restore the package versions of its config (MLflow's version.* tags), or start anew."
+            )
         self.progress = Progress.from_json(meta["progress"])
         for sentence in explain_difference(meta["environment"], self._environment):
             self.ctx.note(sentence)
@@ -176,17 +183,18 @@ class Run:
             reason = self.peers.from_first(reason) or reason or "stopped by another worker"
         return int(total), reason, bool(saves)
 
-    def watch(self, update: Update, *, logging: bool) -> str | None:
+    def watch(self, phase: ActivePhase, update: Update, *, logging: bool) -> str | None:
         """Apply the non-finite policy to what the update met: a reason to save and stop, TrainingFailed, or nothing.
 
         The bad update was left out on every rank. On an accelerator the counters are read on logging steps only.
         """
         if not self.engine.should_check(update, logging=logging):
             return None
-        policy = self.phases[self.progress.phase].optim
+        policy = phase.spec.optim
         run_of_them = self.engine.consecutive_nonfinite()
         if run_of_them == 0:
             return None
+        self._write(phase, {"incidents/nonfinite": self.engine.read_incidents()})
         when = "at" if self.engine.device.type == "cpu" else "at or before"
         what = f"the loss or a gradient was not finite {when} step {self.progress.step}"
         self.ctx.note(f"{what} (policy {policy.on_nonfinite}); the update was left out")
@@ -207,9 +215,6 @@ class Run:
             "train/grad_norm": float(update.grad_norm),
             **self.meter.read(self.progress.tokens),
         }
-        incidents = self.engine.read_incidents()
-        if incidents:
-            metrics["incidents/nonfinite"] = incidents
         self._write(phase, metrics)
 
     def evaluate(self, phase: ActivePhase) -> bool:
@@ -231,6 +236,7 @@ class Run:
             world_size=self.ctx.world_size,
             objective=self.objective,
         )
+        metrics = self.peers.from_first(metrics)  # one verdict: ranks that differed by a bit could part ways
         improved = self.progress.judge(metrics, self.config.early_stopping)
         metrics["perf/evaluation_s"] = time.perf_counter() - started
         self._write(phase, metrics)
@@ -266,6 +272,7 @@ class Run:
             "model": self.config.model.model_dump(),
             "vocab_size": self.config.model.vocab_size or self.data.tokenizer.vocab_size,
             "tokenizer": self.data.tokenizer.fingerprint,
+            "tracking": self.ctx.tracking,
         }
         self.store.save(self.progress.step, self._files(), meta, best=best, wait=wait)
 
@@ -288,7 +295,10 @@ class Run:
         return self._end("stopped", reason)
 
     def finish(self) -> Outcome:
-        self.store.wait()
+        """The end of the last phase; only a run whose last state is on the disk is finished."""
+        lost = not self.store.wait()
+        if any(self.peers.sum((lost,))):
+            return self._end("stopped", "the last checkpoint could not be saved")
         stopped_early = self.progress.phase_over
         return self._end("finished", "early_stopping" if stopped_early else "completed")
 

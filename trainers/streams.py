@@ -29,14 +29,11 @@ class Streams:
     def enter(self, index: int, batch: Batch) -> State | None:
         """The state that micro-batch `index` goes on from; fresh in the rows where a text begins."""
         state = self._states[index]
-        if state is None:
-            return None
-        fresh = self._fresh()
-        assert fresh is not None
-        if batch.starts is None:  # shuffled rows: none goes on where another ended
-            return fresh
-        if not bool(batch.starts.any()):
+        if state is None or (batch.starts is not None and not bool(batch.starts.any())):
             return state
+        fresh = self._fresh()
+        if fresh is None or batch.starts is None:  # shuffled rows: none goes on where another ended
+            return fresh
         starts = batch.starts.to(self._device)
         return {
             name: torch.where(starts.view(-1, *[1] * (tensor.dim() - 1)), fresh[name], tensor)
