@@ -16,8 +16,9 @@ from rich.text import Text
 from orchestrator import console as terminals
 from orchestrator.console import count, duration
 from orchestrator.display import plain
-from orchestrator.experiment import IDENTITY, OUTCOME, read_json
+from orchestrator.experiment import OUTCOME
 from orchestrator.runs import run_folder
+from trainers.identity import IDENTITY, read_json
 
 SHOWN_METRICS = (
     ("train/loss", "train loss"),

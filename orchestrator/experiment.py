@@ -14,9 +14,16 @@ from typing import Any
 from trainers.config import NAME_PATTERN, RunConfig
 from trainers.config_io import differences, dump_yaml, fingerprint, fingerprint_fields
 from trainers.errors import ConfigError, UserError
+from trainers.identity import (
+    IDENTITY,
+    only_more_budget,
+    read_identity,
+    read_json,
+    refuse_rewritten_past,
+    stored_identity,
+)
 from trainers.initial import initial_hash
 
-IDENTITY = "identity.json"
 OUTCOME = "outcome.json"
 FOLDERS = ("checkpoints", "logs", "plots", "samples", "tokenizer")
 ENDINGS = ("finished", "stopped", "failed")
@@ -32,9 +39,6 @@ class Request:
     fresh: bool = False
     verbose: bool = False
     json: bool = False
-    overrides: tuple[str, ...] = ()
-    extending: bool = False
-    """the target was the name of an existing run"""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Experiment:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return _read_identity(self.run_dir) or {}
+        return read_identity(self.run_dir) or {}
 
     @property
     def outcome(self) -> dict[str, Any] | None:
@@ -74,17 +78,17 @@ def settle(config: RunConfig, request: Request, data_hashes: tuple[str, ...]) ->
     if request.fresh and run_dir.exists():
         name, run_dir = _next_free(request.runs_dir, name)
     _refuse_other_than_folders(run_dir)
-    stored = _stored_identity(run_dir)
+    stored = stored_identity(run_dir, "move it away or choose another --name.")
     experiment = Experiment(name, run_dir, config, digest, fields, stored is not None, extended=False)
     if stored is None or stored["fingerprint"] == digest:
         return experiment
-    if _only_more_budget(stored["fields"], fields):
+    if only_more_budget(stored["fields"], fields):
         if (experiment.outcome or {}).get("reason") == "early_stopping":
             raise ConfigError(
                 f"run {name!r} was ended by early stopping, not by its budget, so a larger budget changes nothing. "
                 f"Start a new run from its weights: --init-from {name} early_stopping.patience=0."
             )
-        _refuse_rewritten_past(config, stored["fields"], fields)
+        refuse_rewritten_past(config, stored["fields"], fields)
         return replace(experiment, extended=True)
     changed = "\n  ".join(differences(stored["fields"], fields))
     raise ConfigError(
@@ -134,35 +138,6 @@ def write_atomically(path: Path, text: str) -> None:
         ) from error
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where there is none (missing or torn)."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _read_identity(run_dir: Path) -> dict[str, Any] | None:
-    """identity.json, or None where it is missing, torn or not one of ours."""
-    stored = read_json(run_dir / IDENTITY)
-    shapes = {"fingerprint": str, "fields": dict, "mlflow_run_id": str, "mlflow_phase_run_ids": dict}
-    if stored is None or not {"fingerprint", "fields"} <= stored.keys():
-        return None
-    return stored if all(isinstance(stored[key], kind) for key, kind in shapes.items() if key in stored) else None
-
-
-def _stored_identity(run_dir: Path) -> dict[str, Any] | None:
-    stored = _read_identity(run_dir)
-    if stored is not None:
-        return stored
-    if (run_dir / "checkpoints").is_dir() and any((run_dir / "checkpoints").glob("step-*")):
-        raise ConfigError(
-            f"{run_dir} holds checkpoints but no readable {IDENTITY}: move it away or choose another --name."
-        )
-    return None
-
-
 def _refuse_other_than_folders(run_dir: Path) -> None:
     """Else a whole training would end at its first save."""
     for name in FOLDERS:
@@ -176,34 +151,3 @@ def _next_free(runs_dir: Path, name: str) -> tuple[str, Path]:
     while confined(runs_dir, f"{name}-{number}").exists():
         number += 1
     return f"{name}-{number}", runs_dir / f"{name}-{number}"
-
-
-def _only_more_budget(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """The same run but for a larger budget, counted in the same unit."""
-    changed = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
-    return all(
-        re.fullmatch(r"(phases\.\w+\.)?budget\.\w+", key)
-        and isinstance(old.get(key), int | float)
-        and isinstance(new.get(key), int | float)
-        and new[key] > old[key]
-        for key in changed
-    )
-
-
-def _refuse_rewritten_past(config: RunConfig, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """ConfigError where steps already taken would have been others under the larger budget."""
-    from trainers.schedules import budget_can_grow
-
-    for phase in config.resolved_phases():
-        inherits = bool(config.phases) and config.phases[phase.index].budget is None
-        own = "budget." if inherits or not config.phases else f"phases.{phase.index}.budget."
-        if not any(key.startswith(own) and old.get(key) != value for key, value in new.items()):
-            continue
-        if phase.index + 1 < len(config.phases):
-            raise ConfigError(
-                f"the budget of phase {phase.name!r} cannot be raised: {config.phases[phase.index + 1].name!r} comes "
-                f"after it, and only the last phase can go on. Start a new run with the larger budget."
-            )
-        allowed, reason = budget_can_grow(phase.schedule)
-        if not allowed:
-            raise ConfigError(f"the budget of phase {phase.name!r} cannot be raised: {reason}")

@@ -18,7 +18,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from orchestrator.store_values import checkpoint_link
 from orchestrator.system_metrics import SystemMeter, system_interval_s
 from orchestrator.tracking import TrackedRun, TrackingRefused, TrackingUnavailable
 from trainers.record import read_rows
@@ -59,7 +58,7 @@ class Feeder:
     """Sends rows every two seconds from its own thread; it never raises into training and never makes it wait.
 
     The parent run gets every row; with several phases each phase's run gets its own. While the store is away rows wait
-    in the record, files and tags in memory, and `say` hears of it once, and once more when all has caught up.
+    in the record, and `say` hears of it once, and once more when all has caught up.
     """
 
     def __init__(
@@ -81,9 +80,6 @@ class Feeder:
         self._say = say
         self._position = read_position(state_path, metrics_path, run.run_id)
 
-        self._errands: dict[str, Callable[[], None]] = {}
-        """things to do at the store besides rows; a later one of the same name replaces the one before"""
-        self._errands_lock = threading.Lock()
         self._system_every_s = system_every_s or system_interval_s()
         self._system: deque[Row] = deque(maxlen=SYSTEM_SAMPLES_KEPT)
         self._system_step = run.next_system_step
@@ -102,23 +98,6 @@ class Feeder:
     def start(self) -> None:
         self._thread.start()
 
-    def poke(self) -> None:
-        """There may be something to send now."""
-        self._wake.set()
-
-    def log_artifact(self, path: Path, artifact_path: str | None = None) -> None:
-        """Send a file as it is when its turn comes; sending the same path again before that sends it once."""
-        self._add_errand(f"artifact {path}", lambda: self._run.log_artifact(path, artifact_path))
-
-    def log_link(self, name: str, target: Path) -> None:
-        """Point `name` at a checkpoint that stands now (it may be deleted before the store is back)."""
-        link = checkpoint_link(target)
-        self._add_errand(f"link {name}", lambda: self._run.log_link(name, link))
-
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        for key, value in tags.items():
-            self._add_errand(f"tag {key}", lambda key=key, value=value: self._run.set_tags({key: value}))  # type: ignore[misc]
-
     def close(self, deadline_s: float) -> Delivered:
         """Send what is left, for at most so long, and stop."""
         self._closing_by = time.monotonic() + deadline_s
@@ -126,7 +105,7 @@ class Feeder:
         if self._thread.ident is not None:
             self._thread.join(deadline_s)
         pending = count_rows(self._metrics_path, self._position.offset)
-        late = f"{deadline_s:g} s were not enough" if pending or self._errands else None
+        late = f"{deadline_s:g} s were not enough" if pending else None
         return Delivered(self._rows, pending, self._problem or late)
 
     # ---- the thread -----------------------------------------------------------------------------
@@ -156,8 +135,6 @@ class Feeder:
         try:
             self._send_rows()
             self._send_system()
-            while not self._out_of_time() and self._send_errand():
-                pass
         except (TrackingUnavailable, OSError) as error:  # OSError: no room for the position; nothing is lost by it
             self._note_absence(str(error))
             return False
@@ -205,25 +182,6 @@ class Feeder:
         if samples:
             self._run.log_metrics(samples)
             self._system.clear()  # only this thread appends
-
-    def _add_errand(self, name: str, errand: Callable[[], None]) -> None:
-        with self._errands_lock:
-            self._errands[name] = errand
-        self._wake.set()
-
-    def _send_errand(self) -> bool:
-        with self._errands_lock:
-            if not self._errands:
-                return False
-            name, errand = next(iter(self._errands.items()))
-        try:
-            errand()
-        except FileNotFoundError as error:
-            self._say(f"not sent to MLflow, because it is gone: {error.filename}")
-        with self._errands_lock:
-            if self._errands.get(name) is errand:
-                del self._errands[name]
-        return True
 
     # ---- the store comes and goes ---------------------------------------------------------------
 

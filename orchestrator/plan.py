@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from trainers.budget import evaluation_interval, phase_steps
-from trainers.config import OptimConfig, Phase, RunConfig
+from trainers.config import CheckpointConfig, OptimConfig, Phase, RunConfig, epochs_to_steps
 from trainers.errors import DataError
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class RunPlan:
     checkpoint_bytes: int
     """one checkpoint: weights and optimizer state"""
     scheduled_checkpoints: int
-    """by checkpoint.every_steps and at the end of each phase; those by the clock or for a new best come besides"""
+    """by checkpoint.every_steps and every_epochs and at the end of each phase; those by the clock or for a new best come besides"""
     kept_checkpoints: int
     """on the disk when the run has ended, at most"""
     disk_bytes: int
@@ -67,7 +68,7 @@ def derive_plan(config: RunConfig, *, parameters: int, steps_per_epoch: Sequence
     assert len(specs) == len(steps_per_epoch)
     phases = tuple(plan_phase(config, spec, length) for spec, length in zip(specs, steps_per_epoch, strict=True))
     one = parameters * BYTES_PER_VALUE * (1 + max(optimizer_values(spec.optim) for spec in specs))
-    scheduled = scheduled_checkpoints([phase.steps for phase in phases], config.checkpoint.every_steps)
+    scheduled = scheduled_checkpoints(phases, config.checkpoint)
     kept = kept_checkpoints(config, scheduled, evaluations=sum(phase.evaluations for phase in phases))
     return RunPlan(
         parameters=parameters,
@@ -149,15 +150,40 @@ def optimizer_values(optim: OptimConfig) -> int:
             return 2 if optim.momentum > 0 else 1
 
 
-def scheduled_checkpoints(steps: Sequence[int], every_steps: int | None) -> int:
-    """Distinct steps at which a save is certain: multiples of `every_steps` over the run, and the end of each phase."""
-    ends, at = set(), 0
-    for phase in steps:
-        at += phase
-        ends.add(at)
-    if every_steps is None:
-        return len(ends)
-    return at // every_steps + sum(end % every_steps != 0 for end in ends)
+def scheduled_checkpoints(phases: Sequence[PhasePlan], saving: CheckpointConfig) -> int:
+    """Distinct steps at which a save is certain: the end of each phase, multiples of every_steps over the whole run,
+    and those of every_epochs inside each phase whose text has a known length."""
+    count = at = 0
+    for phase in phases:
+        counts_epochs = saving.every_epochs is not None and phase.steps_per_epoch is not None
+        by_epochs = epochs_to_steps(saving.every_epochs, phase.steps_per_epoch) if counts_epochs else None  # type: ignore[arg-type]
+        count += _saves(at, phase.steps, saving.every_steps, by_epochs)
+        at += phase.steps
+    return count
+
+
+def _saves(before: int, steps: int, over_the_run: int | None, inside: int | None) -> int:
+    """Saves in a phase of `steps` steps that begins after step `before` of the run; arithmetic, however long it is."""
+    end = before + steps
+    count = 0
+    if over_the_run is not None:
+        count += end // over_the_run - before // over_the_run
+    if inside is not None:
+        count += steps // inside
+    if over_the_run is not None and inside is not None:
+        count -= _coincidences(before, steps, over_the_run, inside)
+    on_the_end = (over_the_run is not None and end % over_the_run == 0) or (inside is not None and steps % inside == 0)
+    return count + (not on_the_end)
+
+
+def _coincidences(before: int, steps: int, over_the_run: int, inside: int) -> int:
+    """How many j in 1..steps // inside make before + j * inside a multiple of `over_the_run` (a linear congruence)."""
+    common = math.gcd(over_the_run, inside)
+    if before % common:
+        return 0
+    period = over_the_run // common
+    first = -(before // common) * pow(inside // common, -1, period) % period
+    return (steps // inside - first) // period - (-first) // period
 
 
 def kept_checkpoints(config: RunConfig, scheduled: int, *, evaluations: int) -> int:

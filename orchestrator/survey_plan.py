@@ -172,6 +172,7 @@ def _saving_rows(report: PlanReport) -> Iterator[tuple[str, RenderableType]]:
     plan, saving = report.plan, report.config.checkpoint
     when = ["at the end of each phase"]
     when += [f"every {count(saving.every_steps)} steps"] if saving.every_steps else []
+    when += [_epochs(saving.every_epochs)] if saving.every_epochs else []
     when += [f"every {saving.every_minutes:g} minutes"] if saving.every_minutes else []
     when += ["at each new best evaluation"] if saving.save_best else []
     if plan is not None:
@@ -182,6 +183,10 @@ def _saving_rows(report: PlanReport) -> Iterator[tuple[str, RenderableType]]:
     state = f"{size(report.training_bytes)} for weights, gradients and optimizer in each worker"
     snapshot = f", {size(plan.snapshot_bytes)} for saving in the background" if plan else ""
     yield "memory", f"{state}{snapshot}; activations come on top"
+
+
+def _epochs(every: float) -> str:
+    return "every epoch" if every == 1 else f"every {every:g} epochs"
 
 
 def _notes(report: PlanReport) -> Iterator[str]:

@@ -53,8 +53,6 @@ class Target:
     kind: Literal["preset", "file", "run"]
     label: str
     """the preset's, file's or run's name"""
-    overrides: tuple[str, ...]
-    """what changed it, in the override language"""
     notes: tuple[str, ...] = ()
     """what a person should know about how it was understood"""
 
@@ -76,7 +74,7 @@ def resolve(arguments: list[str], flags: Flags, runs_dir: Path) -> Target:
     config = with_init_from(config, flags.init_from, runs_dir)
     config = with_absolute_paths(config)
     _refuse_runs_among_text(config, runs_dir)
-    return Target(config, start.kind, start.label, tuple(changes), tuple(notes))
+    return Target(config, start.kind, start.label, tuple(notes))
 
 
 def split(arguments: list[str]) -> tuple[str, list[str]]:
@@ -102,7 +100,7 @@ def load(label: str, runs_dir: Path) -> Target:
     from trainers.presets import PRESETS
 
     if label in PRESETS:
-        return Target(PRESETS[label](), "preset", label, ())
+        return Target(PRESETS[label](), "preset", label)
     if os.path.isfile(label):
         return load_file(Path(label))
     name = name_in(runs_dir, label)
@@ -133,8 +131,8 @@ def load_file(path: Path) -> Target:
         said = (
             f"{path} is written in the words of the fundamentallm guide; `orchestrate show {path}` prints it in ours.",
         )
-        return Target(build_config(translated), "file", str(path), (), (*said, *notes))
-    return Target(build_config(data), "file", str(path), ())
+        return Target(build_config(translated), "file", str(path), (*said, *notes))
+    return Target(build_config(data), "file", str(path))
 
 
 def load_run(runs_dir: Path, name: str) -> Target:
@@ -143,7 +141,7 @@ def load_run(runs_dir: Path, name: str) -> Target:
     path = folder / "config.yaml"
     if not path.exists():
         raise UserError(f"run {name!r} is damaged: {path} is missing. Start another with --name, or restore that file.")
-    return Target(build_config(read_yaml(path)), "run", name_in(runs_dir, name), ())
+    return Target(build_config(read_yaml(path)), "run", name_in(runs_dir, name))
 
 
 # ---- flags that are more than one path ----------------------------------------------------------------

@@ -45,6 +45,7 @@ EndState = Literal["FINISHED", "FAILED", "KILLED"]
 STOP_REASON = "stop_reason"
 RUN_PATH = "run_path"  # the tag that names the run's folder
 PARENT = "mlflow.parentRunId"
+EXPERIMENT_KIND = "mlflow.experimentKind"  # without it the UI shows an experiment as one of language-model apps
 WAY_OUT = "Set MLFLOW_TRACKING_URI to a store that answers, or unset it to use a file in the runs folder."
 
 _DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
@@ -242,7 +243,11 @@ class Store:
         known = self.client.get_experiment_by_name(name)
         if known is None:
             try:
-                return self.client.create_experiment(name, artifact_location=self._artifact_location())
+                return self.client.create_experiment(
+                    name,
+                    artifact_location=self._artifact_location(),
+                    tags={EXPERIMENT_KIND: "custom_model_development"},
+                )
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
@@ -321,14 +326,14 @@ class TrackedRun:
             else:
                 self.store.client.log_artifact(self.run_id, str(path), artifact_path)
 
-    def log_link(self, name: str, target: Path | Mapping[str, Any]) -> None:
+    def log_link(self, name: str, target: Path) -> None:
         """Point at a checkpoint without copying it: `checkpoints/NAME.json` and the tag `checkpoint.NAME`.
 
-        `target` is its folder, or what `checkpoint_link` said of it.
+        `target` is its folder.
         """
-        link = target if isinstance(target, Mapping) else checkpoint_link(target)
+        link = checkpoint_link(target)
         with _translated():
-            self.store.client.log_text(self.run_id, json.dumps(dict(link), indent=2) + "\n", f"checkpoints/{name}.json")
+            self.store.client.log_text(self.run_id, json.dumps(link, indent=2) + "\n", f"checkpoints/{name}.json")
         self.set_tags({f"checkpoint.{name}": link["path"]})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:

@@ -212,10 +212,6 @@ class CheckpointStore:
         """The checkpoint of one step. Raises CheckpointError saying what is wrong with it."""
         return read_checkpoint(self.directory, step, verify=verify)
 
-    def all(self) -> tuple[Checkpoint, ...]:
-        """Every checkpoint whose manifest and sizes are right, oldest first."""
-        return tuple(sound_checkpoints(self.directory, verify=False, warn=self._warn))[::-1]
-
     def prune_staging(self) -> None:
         """Remove what earlier attempts left half-made; foreign files and our own stay."""
         assert self._guard is not None, "this store only reads"

@@ -236,6 +236,16 @@ class EarlyStoppingConfig(Frozen):
     mode: Literal["min", "max"] = "min"
     min_delta: NonNegativeFloat = 0.0
 
+    @model_validator(mode="after")
+    def _mode_fits_the_metric(self) -> EarlyStoppingConfig:
+        better, way = ("higher", "max") if self.metric == "val/accuracy" else ("lower", "min")
+        if self.mode != way:
+            raise ValueError(
+                f"early_stopping.metric={self.metric} is better the {better} it is: set early_stopping.mode={way} "
+                f"(mode={self.mode} would keep the worst checkpoint as the best)."
+            )
+        return self
+
 
 class CheckpointConfig(Frozen):
     """When to save and what to keep. Does not change the result, so it is no part of the fingerprint."""

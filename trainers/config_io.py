@@ -56,11 +56,6 @@ def dump_yaml(config: RunConfig, header: str = "") -> str:
     return yaml12.dump(config.model_dump(mode="json"), header)
 
 
-def schema_json() -> str:
-    """The JSON schema of RunConfig, for editors that complete and check YAML."""
-    return json.dumps(RunConfig.model_json_schema(), indent=2)
-
-
 # ---- building, with messages for people ---------------------------------------------------------------
 
 
@@ -315,11 +310,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             left, right = ("(not set)" if value in (absent, None) else str(value) for value in (before, after))
             lines.append(f"{path}: {left} -> {right}")
     return lines
-
-
-def is_budget_field(path: str) -> bool:
-    """True for the fields of a fingerprint that a raise of the budget changes."""
-    return re.fullmatch(r"(phases\.\d+\.)?budget(\..+)?", path) is not None
 
 
 def _flat(data: Any, path: str = "") -> list[tuple[str, Any]]:

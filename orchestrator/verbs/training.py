@@ -57,15 +57,12 @@ def train(
     from orchestrator.runs import check_runs_dir
 
     target = _resolve(settings, flags, runs_dir)
-    extending = target.kind == "run" and name in (None, target.label)
     request = Request(
         runs_dir=runs_dir.absolute(),
-        name=target.label if extending else name,
+        name=target.label if target.kind == "run" and name is None else name,
         fresh=fresh,
         verbose=verbose,
         json=json,
-        overrides=target.overrides,
-        extending=extending,
     )
     if request.name is not None:
         confined(request.runs_dir, request.name)

@@ -337,8 +337,9 @@ def test_train_hands_over_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> Non
     assert main(["train", "fundamentallm/tiny", "budget.steps=3", "--name", "new", "--fresh", "--seed", "5"]) == 75
     assert main(["train", "old", "budget.steps=+20"]) == 75
     assert main(["train", "old", "--name", "copy"]) == 75
-    (first, new), (_, extended), (_, copy) = asked
+    (first, new), (larger, extended), (_, copy) = asked
     assert first.budget is not None and (first.budget.steps, first.seed) == (3, 5)
-    assert new == Request(Path("runs").absolute(), "new", fresh=True, overrides=("seed=5", "budget.steps=3"))
-    assert extended == Request(Path("runs").absolute(), "old", overrides=("budget.steps=120",), extending=True)
-    assert (copy.name, copy.extending) == ("copy", False)
+    assert new == Request(Path("runs").absolute(), "new", fresh=True)
+    assert extended == Request(Path("runs").absolute(), "old")
+    assert larger.budget is not None and larger.budget.steps == 120
+    assert copy == Request(Path("runs").absolute(), "copy")

@@ -98,10 +98,9 @@ def test_training_that_cannot_go_on_says_so(place: Place) -> None:
 
 
 def test_a_crash_that_comes_back_ends_the_run(place: Place) -> None:
-    """Samples cannot be written, which nobody foresaw: Ray tries again, and it is the same at the same place."""
+    """A sample cannot be written, which nobody foresaw: Ray tries again, and it is the same at the same place."""
     run_dir = place.runs / "crashing"
-    run_dir.mkdir(parents=True)
-    (run_dir / "samples").write_text("a file where the folder should be")
+    (run_dir / "samples" / "step-00000040.json").mkdir(parents=True)  # where a file will be written
     command = place.run("crashing", "--workers", "2").expect(3)
     assert "crashed twice alike" in command.output and "samples" in command.output
     assert "Traceback" not in command.output

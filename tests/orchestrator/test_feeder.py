@@ -87,7 +87,6 @@ def test_every_row_arrives_once_and_the_next_feeder_goes_on(store: Store, record
     run = open_run(store)
     with feeding(record, run) as feeder:  # the record does not exist yet
         record.append(1, 700)
-        feeder.poke()
         record.append(701, 900)
         done = feeder.close(20)
     assert (done.rows, done.pending, done.problem) == (900, 0, None)
@@ -140,8 +139,7 @@ def test_a_locked_store_costs_training_nothing_and_catches_up(store: Store, reco
         with sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None) as other:
             other.execute("BEGIN EXCLUSIVE")
             record.append(101, 400)
-            feeder.poke()
-            wait_for(lambda: bool(said))
+                wait_for(lambda: bool(said))
             assert "locked" in said[0] and len(said) == 1
             unlucky = feeder.close(0.5)
             assert unlucky.pending == 300 and unlucky.problem is not None
@@ -158,7 +156,6 @@ def test_the_same_feeder_notices_that_the_store_is_back(store: Store, record: Re
         with sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None) as other:
             other.execute("BEGIN EXCLUSIVE")
             record.append(1, 50)
-            feeder.set_tags({"late": "yes"})
             wait_for(lambda: bool(said))
             other.execute("ROLLBACK")
         wait_for(lambda: len(said) == 2)
@@ -206,26 +203,6 @@ def test_closing_keeps_to_its_time_and_counts_what_is_left(store: Store, record:
     assert done.pending > 0 and "not enough" in str(done.problem)
 
 
-def test_files_and_links_wait_for_their_turn(store: Store, record: Record, tmp_path: Path) -> None:
-    run, said = open_run(store), list[str]()
-    (tmp_path / "plots").mkdir()
-    curves, checkpoint = tmp_path / "plots" / "curves.png", tmp_path / "step-00000001"
-    curves.write_bytes(b"first")
-    checkpoint.mkdir()
-    (checkpoint / "manifest.json").write_text('{"step": 1}')
-    feeder = Feeder(record.path, ["main"], run, {}, tmp_path / "delivered.json", say=said.append)
-    feeder.log_artifact(curves, "plots")
-    feeder.log_link("latest", checkpoint)
-    feeder.log_artifact(tmp_path / "missing.md", "samples")
-    curves.write_bytes(b"second")
-    shutil.rmtree(checkpoint)
-    feeder.start()
-    assert feeder.close(20).problem is None
-    artifacts = {path.name: path for path in (tmp_path / "mlartifacts").rglob("*") if path.is_file()}
-    assert artifacts["curves.png"].read_bytes() == b"second" and set(artifacts) == {"curves.png", "latest.json"}
-    assert "missing.md" in said[0]
-
-
 def test_system_metrics_count_on_after_a_restart(
     store: Store, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,8 +213,7 @@ def test_system_metrics_count_on_after_a_restart(
         with feeding(record, run) as feeder:
             wait_for(lambda run=run: bool(history(run, "system/cpu_utilization_percentage")))  # type: ignore[misc]
             time.sleep(1.1)
-            feeder.poke()
-            assert feeder.close(20).pending == 0
+                assert feeder.close(20).pending == 0
         before = [step for step, _ in history(run, "system/cpu_utilization_percentage")]
         assert before == list(range(len(before)))
         run = store.open_run("laws", "run", run_id=run.run_id, tags={}, params={})

@@ -10,26 +10,46 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import trainers.loop
 import trainers.run
 from trainers.config import ModelConfig, RunConfig
 from trainers.context import LocalContext
+from trainers.engine import TorchEngine, Update
+from trainers.errors import TrainingFailed
 from trainers.filesystem import Filesystem
 
 
-def play(config: dict[str, Any], run_dir: str, plan: Any) -> None:
-    """Train under `plan`; ends the process with 0, or by SIGKILL where the plan says so."""
+def play(config: dict[str, Any], run_dir: str, plan: Any, rank: int, workers: int, meeting_place: str) -> None:
+    """Train under `plan` as one rank; ends the process with 0, with 3 where training failed, or by SIGKILL."""
     torch.set_num_threads(1)
-    ctx = Scripted(Path(run_dir), plan)
-    sabotage(plan.sabotage)
-    if plan.kill_in_save is not None:
-        kill_writer(plan.kill_in_save)
+    join(rank, workers, meeting_place)
+    if rank == plan.rank:
+        sabotage(plan.sabotage)
+        if plan.kill_in_save is not None:
+            kill_writer(plan.kill_in_save)
+    leave_out(plan.left_out)
     build = NoisyMemory if plan.build == "noisy_memory" else trainers.loop.build_model
-    trainers.loop.train(RunConfig.model_validate(config), ctx, build=build)  # type: ignore[arg-type]
-    ctx.close()
-    sys.stdout.flush()
+    if rank == workers - 1:
+        build = poisoned(build, plan.poison)
+    ctx = Scripted(Path(run_dir), plan)
+    try:
+        trainers.loop.train(RunConfig.model_validate(config), ctx, build=build)
+    except TrainingFailed as failure:
+        (ctx.run_dir / f"failure-{rank}.txt").write_text(str(failure))
+        sys.exit(3)
+    finally:
+        ctx.close()
+
+
+def join(rank: int, workers: int, meeting_place: str) -> None:
+    """Become one rank of several, as under torchrun; `meeting_place` is an empty folder of this attempt's own."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers))
+    if workers > 1:
+        store = f"file://{meeting_place}/rendezvous"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=workers)
 
 
 class Scripted(LocalContext):
@@ -38,9 +58,10 @@ class Scripted(LocalContext):
     def __init__(self, run_dir: Path, plan: Any):
         super().__init__(run_dir)
         self.plan = plan
-        self.run: trainers.run.Run | None = None
 
     def should_stop(self) -> str | None:
+        if self.rank != self.plan.rank:
+            return None
         step = current_step()
         if step == self.plan.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -63,6 +84,38 @@ def _remember(self: trainers.run.Run, *args: Any, **kwargs: Any) -> None:
 
 
 trainers.run.Run.__init__ = _remember  # type: ignore[method-assign]
+
+
+def poisoned(build: trainers.loop.Builder, steps: tuple[int, ...]) -> trainers.loop.Builder:
+    """A builder whose models give NaN for the first row of each micro-batch in the updates after `steps`."""
+
+    def spoil(model: nn.Module, inputs: Any, output: Any) -> Any:
+        if not model.training or current_step() not in steps:
+            return output
+        logits, state = output
+        spoiled = logits.clone()
+        spoiled[0] *= float("nan")
+        return spoiled, state
+
+    def built(config: ModelConfig, vocab_size: int) -> nn.Module:
+        model = build(config, vocab_size)
+        model.register_forward_hook(spoil)
+        return model
+
+    return built
+
+
+def leave_out(steps: tuple[int, ...]) -> None:
+    """Let the engine drop the gradients of the updates after `steps`, and know of no incident."""
+    update = TorchEngine.update
+
+    def update_or_not(self: TorchEngine, lr: float) -> Update:
+        if current_step() not in steps:
+            return update(self, lr)
+        self.optimizer.zero_grad(set_to_none=True)
+        return Update(torch.tensor(0.0), False)
+
+    TorchEngine.update = update_or_not  # type: ignore[method-assign]
 
 
 def kill_writer(operation: int) -> None:
@@ -109,7 +162,7 @@ def sabotage(piece: str | None) -> None:
     elif piece == "patience":
         from_json = run.Progress.from_json
         run.Progress.from_json = staticmethod(  # type: ignore[method-assign]
-            lambda data: from_json({**data, "best": None, "evaluations_without_improvement": 0})
+            lambda data: from_json({**data, "best": None, "reference": None, "evaluations_without_improvement": 0})
         )
     else:
         assert piece is None, piece

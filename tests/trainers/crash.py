@@ -6,12 +6,19 @@ import hashlib
 import json
 import multiprocessing
 import signal
+import tempfile
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from trainers.config import RunConfig
 
+PATIENCE_S = 120.0  # for an attempt that ends by itself
+FAREWELL_S = 20.0  # for the other ranks, once one has failed
 VOLATILE = ("perf/", "mem/", "system/", "time_ms")
 
 
@@ -28,6 +35,12 @@ class Plan:
     sabotage: str | None = None
     """a piece of state that the restore withholds: the negative control"""
     build: str = "gpt"
+    rank: int = 0
+    """whom all of the above befalls"""
+    poison: tuple[int, ...] = ()
+    """the last rank's loss is NaN in the updates after these steps"""
+    left_out: tuple[int, ...] = ()
+    """the engine leaves out the updates after these steps although their loss is sound: the reference"""
 
 
 @dataclass(frozen=True)
@@ -35,38 +48,85 @@ class Ending:
     """What an attempt left behind."""
 
     exitcode: int
+    """of the rank that was killed, else of one that failed, else 0; a TrainingFailed is 3"""
     state: str | None
     digest: str | None
     """of every tensor of the newest checkpoint, and of the progress"""
     rows: list[dict[str, Any]] = field(default_factory=list)
+    reason: str | None = None
+    tensors: str | None = None
+    """of every tensor of the newest checkpoint alone"""
+    stems: tuple[str, ...] = ()
+    """the files whose tensors those are"""
+    step: int | None = None
+    """of the newest checkpoint"""
+    failure: str = ""
+    """what TrainingFailed said on rank 0"""
 
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["torch", "trainers.loop", "tests.trainers.attempts"])
 
 
-def attempt(config: RunConfig, run_dir: Path, plan: Plan = Plan()) -> Ending:
-    """One process's try at a run, from wherever the run stands."""
+def attempt(config: RunConfig, run_dir: Path, plan: Plan = Plan(), *, workers: int = 1) -> Ending:
+    """One try of `workers` processes at a run, from wherever the run stands."""
     from tests.trainers.attempts import play
 
-    process = _server.Process(target=play, args=(config.model_dump(mode="json"), str(run_dir), plan))
-    process.start()
-    process.join(120)
-    assert process.exitcode is not None, "the attempt hangs"
-    return ending(run_dir, process.exitcode)
+    assert config.workers == workers
+    settings = config.model_dump(mode="json")
+    with tempfile.TemporaryDirectory(prefix="ranks-") as meeting_place:
+        ranks = [
+            _server.Process(target=play, args=(settings, str(run_dir), plan, rank, workers, meeting_place))
+            for rank in range(workers)
+        ]
+        for process in ranks:
+            process.start()
+        codes = watch(ranks)
+    return ending(run_dir, min(codes) or max(codes))
+
+
+def watch(ranks: Sequence[BaseProcess]) -> list[int]:
+    """Exit codes of those who ended by themselves or as planned; where one is killed, so are the others, as Ray does."""
+    deadline = time.monotonic() + PATIENCE_S
+    while any(process.exitcode is None for process in ranks) and not any(process.exitcode for process in ranks):
+        running = [process.sentinel for process in ranks if process.exitcode is None]
+        if not wait(running, timeout=deadline - time.monotonic()):
+            kill(ranks)
+            raise AssertionError("the attempt hangs")
+    if min(process.exitcode or 0 for process in ranks) >= 0:  # nobody was killed: whoever still runs ends by himself
+        for process in ranks:
+            process.join(FAREWELL_S)
+    codes = [process.exitcode for process in ranks if process.exitcode is not None]
+    kill(ranks)
+    return codes
+
+
+def kill(ranks: Sequence[BaseProcess]) -> None:
+    for process in ranks:
+        if process.exitcode is None:
+            process.kill()
+        process.join()
 
 
 def ending(run_dir: Path, exitcode: int) -> Ending:
     from trainers.checkpoint import CheckpointStore
     from trainers.record import read_rows
 
-    outcome = run_dir / "outcome.json"
-    state = json.loads(outcome.read_text())["state"] if outcome.exists() and exitcode == 0 else None
+    path, failure = run_dir / "outcome.json", run_dir / "failure-0.txt"
+    outcome = json.loads(path.read_text()) if path.exists() and exitcode == 0 else {}
     checkpoint = CheckpointStore(run_dir / "checkpoints", None).latest()
-    rows = (
-        [stable(row) for row, _ in read_rows(run_dir / "metrics.jsonl")] if (run_dir / "metrics.jsonl").exists() else []
+    rows = [stable(row) for row, _ in read_rows(run_dir / "metrics.jsonl")]
+    return Ending(
+        exitcode,
+        outcome.get("state"),
+        digest(checkpoint) if checkpoint else None,
+        rows,
+        outcome.get("reason"),
+        tensor_hash(checkpoint).hexdigest() if checkpoint else None,
+        tuple(sorted(checkpoint.stems)) if checkpoint else (),
+        checkpoint.step if checkpoint else None,
+        failure.read_text() if failure.exists() and exitcode == 3 else "",
     )
-    return Ending(exitcode, state, digest(checkpoint) if checkpoint else None, rows)
 
 
 def stable(row: dict[str, Any]) -> dict[str, Any]:
@@ -76,14 +136,20 @@ def stable(row: dict[str, Any]) -> dict[str, Any]:
 
 def digest(checkpoint: Any) -> str:
     """A hash over every tensor's bits, by name, and over the counts that go with them."""
+    sha = tensor_hash(checkpoint)
+    progress = {key: value for key, value in checkpoint.meta["progress"].items() if key != "last"}
+    sha.update(json.dumps([progress, checkpoint.meta["engine"], checkpoint.meta["loader"]], sort_keys=True).encode())
+    return sha.hexdigest()
+
+
+def tensor_hash(checkpoint: Any) -> Any:
+    """SHA-256 over every tensor's bits, by file and name; it can be fed further."""
     sha = hashlib.sha256()
     for stem in sorted(checkpoint.stems):
         for name, tensor in sorted(checkpoint.load(stem).items()):
             sha.update(f"{stem}/{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             sha.update(tensor.contiguous().flatten().view(dtype=_bytes()).numpy().tobytes())
-    progress = {key: value for key, value in checkpoint.meta["progress"].items() if key != "last"}
-    sha.update(json.dumps([progress, checkpoint.meta["engine"], checkpoint.meta["loader"]], sort_keys=True).encode())
-    return sha.hexdigest()
+    return sha
 
 
 def _bytes() -> Any:
@@ -94,6 +160,18 @@ def _bytes() -> Any:
 
 def killed(ending: Ending) -> bool:
     return ending.exitcode == -signal.SIGKILL
+
+
+def finished(ending: Ending) -> Ending:
+    """The same, of which it is known that the run came to its end."""
+    assert (ending.exitcode, ending.state) == (0, "finished")
+    return ending
+
+
+def assert_same(ending: Ending, whole: Ending) -> None:
+    """The same bits in the checkpoint, and the same metrics, each once."""
+    assert ending.digest == whole.digest
+    assert merged(ending.rows) == merged(whole.rows)
 
 
 def merged(rows: list[dict[str, Any]]) -> dict[tuple[int, str], Any]:

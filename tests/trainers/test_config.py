@@ -43,6 +43,12 @@ from trainers.presets import preset
         (["data.sources=[]"], "at least 1 item", []),
         (["data.sources=[{corpus: ''}]"], "at least 1 character", []),
         (["evaluation.every_steps=5"], "", ["evaluation.every_epochs=5"]),
+        (
+            ["early_stopping.metric=val/accuracy"],
+            "better the higher it is: set early_stopping.mode=max",
+            ["early_stopping.metric=val/accuracy", "early_stopping.mode=max"],
+        ),
+        (["early_stopping.mode=max"], "set early_stopping.mode=min", ["early_stopping.metric=val/perplexity"]),
         (["seed=true"], "true and false mean nothing here", ["seed=1"]),
         (["optim.lr=0"], "greater than 0", ["optim.lr=1e-30"]),
         (["optim.lr=.inf"], "finite", []),

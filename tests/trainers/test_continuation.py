@@ -2,43 +2,20 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
 
-from tests.trainers.crash import Ending, Plan, attempt, killed, merged
-from tests.trainers.data.hub_server import HubServer, jsonl, parquet
+from tests.trainers import small_runs
+from tests.trainers.crash import Ending, Plan, assert_same, attempt, finished, killed
+from tests.trainers.data.hub_server import HubServer
+from tests.trainers.small_runs import STEPS, config_for, stateful, streamed_mixture, worsening
 from trainers.config import RunConfig
-from trainers.config_io import build_config
-
-STEPS = 12
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dogs"]
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some 600 characters: 17 rows of 32 in the training split, so that an epoch is 4 steps of 4 rows."""
-    rng = random.Random(0)
-    path = tmp_path_factory.mktemp("text") / "small.txt"
-    path.write_text(" ".join(rng.choice(WORDS) for _ in range(170)))
-    return path
-
-
-def config_for(text: Path, **changes: object) -> RunConfig:
-    base: dict[str, object] = {
-        "model": {"d_model": 16, "n_layers": 1, "n_heads": 2, "context_length": 32, "dropout": 0.1},
-        "data": {"sources": [{"corpus": str(text)}]},
-        "batch": {"sequences": 4, "micro_sequences": 2},
-        "budget": {"steps": STEPS},
-        "optim": {"lr": 1e-2},
-        "schedule": {"kind": "cosine", "warmup_steps": 3},
-        "evaluation": {"every_steps": 5, "every_epochs": None},
-        "checkpoint": {"every_steps": 3, "keep_last_n": 2},
-        "logging": {"every_steps": 1},
-        "samples": {"count": 1, "prompt_tokens": 4, "new_tokens": 4},
-    }
-    return build_config({**base, **changes})
+    return small_runs.write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
@@ -48,31 +25,12 @@ def config(text: Path) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def two_phases(text: Path) -> RunConfig:
-    half = {"budget": {"steps": 6}}
-    return config_for(
-        text,
-        budget=None,
-        phases=[
-            {"name": "first", **half},
-            {"name": "second", **half, "hand_over": "optimizer", "model": {"dropout": 0.0}},
-        ],
-    )
+    return small_runs.two_phases(text)
 
 
 @pytest.fixture(scope="module")
 def whole(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Ending:
     return finished(attempt(config, tmp_path_factory.mktemp("whole") / "run"))
-
-
-def finished(ending: Ending) -> Ending:
-    assert (ending.exitcode, ending.state) == (0, "finished")
-    return ending
-
-
-def assert_same(ending: Ending, whole: Ending) -> None:
-    """The same bits in the checkpoint, and the same metrics, each once."""
-    assert ending.digest == whole.digest
-    assert merged(ending.rows) == merged(whole.rows)
 
 
 @pytest.mark.parametrize("step", range(STEPS))
@@ -122,38 +80,9 @@ def test_a_stateful_model_goes_on_in_the_middle_of_its_streams(text: Path, tmp_p
     assert_same(finished(attempt(config, tmp_path / "run", Plan(build="noisy_memory"))), whole)
 
 
-def stateful(text: Path) -> RunConfig:
-    return config_for(
-        text,
-        data={"sources": [{"corpus": str(text)}], "order": "streams", "sequence_length": 8},
-        samples={"count": 0},
-    )
-
-
 @pytest.mark.parametrize("plan", [Plan(stop_at=5), Plan(kill_at=8)])
-def test_a_streamed_mixture_goes_on_where_it_stood(
-    local_hub: HubServer, text: Path, tmp_path: Path, plan: Plan
-) -> None:
-    """A Hub dataset that trains while it downloads, mixed with a packed file."""
-    rng = random.Random(1)
-    stories = [" ".join(rng.choice(WORDS) for _ in range(rng.randint(5, 40))) for _ in range(300)]
-    local_hub.repositories |= {
-        "me/stories": {"train-0.parquet": parquet(stories[:150]), "train-1.parquet": parquet(stories[150:])}
-    }
-    (tmp_path / "local.jsonl").write_bytes(jsonl(stories[:60]))
-    config = config_for(
-        text,
-        tokenizer={"kind": "bytes"},
-        data={
-            "sources": [
-                {"corpus": "hf:me/stories", "streaming": True, "weight": 1.0},
-                {"corpus": str(tmp_path / "local.jsonl"), "weight": 1.0},
-            ],
-            "validation": {"method": "hash", "fraction": 0.1},
-            "stream_block": 8,
-            "stream_validation_documents": 5,
-        },
-    )
+def test_a_streamed_mixture_goes_on_where_it_stood(local_hub: HubServer, tmp_path: Path, plan: Plan) -> None:
+    config = streamed_mixture(local_hub, tmp_path)
     whole = finished(attempt(config, tmp_path / "whole"))
     attempt(config, tmp_path / "run", plan)
     assert_same(finished(attempt(config, tmp_path / "run")), whole)
@@ -182,13 +111,7 @@ def test_withholding_state_of_a_stateful_model_is_noticed(text: Path, tmp_path: 
 
 def test_early_stopping_counts_on_after_a_restart(text: Path, tmp_path: Path) -> None:
     """A rate that only worsens the model: exactly `patience` evaluations after the best one, however interrupted."""
-    config = config_for(
-        text,
-        budget={"steps": 60},
-        optim={"lr": 3.0, "clip_norm": None},
-        evaluation={"every_steps": 2, "every_epochs": None},
-        early_stopping={"patience": 3},
-    )
+    config = worsening(text)
     whole = finished(attempt(config, tmp_path / "whole"))
     evaluations = [row["step"] for row in whole.rows if "val/loss" in row]
     losses = [row["val/loss"] for row in whole.rows if "val/loss" in row]

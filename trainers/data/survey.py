@@ -22,6 +22,7 @@ from trainers.data.sources import refuse_leaks
 from trainers.data.splits import Extent
 from trainers.data.tokenizers import SPECIALS, ByteTokenizer, count_characters, train_tokenizer
 from trainers.data.types import Tokenizer
+from trainers.initial import initial_tokenizer
 
 WHOLE_BYTES = 110_000_000  # of text, over all sources: so much is read whole, in some seconds
 MEASURED_CHUNKS = 128  # 2 MB, encoded where the tokenizer exists already
@@ -71,15 +72,6 @@ class DataSurvey:
     notes: tuple[str, ...]
     """what was assumed or sampled, one sentence each"""
 
-    def rows(self, sequence_length: int) -> tuple[int | None, ...]:
-        """Rows of `sequence_length` inputs that each phase has; None with a Hub dataset among its sources."""
-        return tuple(
-            None
-            if phase.total_train_tokens is None
-            else sum(max(0, (t or 0) - 1) // sequence_length for t in phase.train_tokens)
-            for phase in self.phases
-        )
-
 
 def survey(config: RunConfig) -> DataSurvey:
     """Sizes, tokens and vocabulary of `config`'s data; trains no tokenizer, writes nothing, downloads no text.
@@ -88,7 +80,8 @@ def survey(config: RunConfig) -> DataSurvey:
 
     Raises:
         DataError: text that cannot be read, is too short or has no part to hold out.
-        ConfigError: phases that would train on each other's validation text.
+        ConfigError: phases that would train on each other's validation text; a tokenizer of another kind than that
+            of `init_from`.
     """
     return _Survey(config).run()
 
@@ -192,12 +185,16 @@ class _Survey:
 
     def _tokens(self, looked: Sequence[_Looked]) -> _Tokens:
         config = self._config.tokenizer
+        given = initial_tokenizer(self._config)
+        if given is not None:
+            self._notes.append(f"the tokenizer ({given.vocab_size:,} tokens) is that of {self._config.init_from}.")
+            return self._given(given, looked)
         if config.kind == "characters":
             return self._characters(looked)
         if config.kind == "bytes":
             return _Tokens(ByteTokenizer.vocab_size, 1.0, exact=True, per="byte")
         if config.path is not None:
-            return self._measured(train_tokenizer(config, ()), looked)
+            return self._given(train_tokenizer(config, ()), looked)
         assert config.vocab_size is not None
         assumed = assumed_bytes_per_token(config.vocab_size)
         self._notes.append(
@@ -213,8 +210,16 @@ class _Survey:
         whole = len(read) == len(looked) and all(corpus.whole for corpus, _ in read)
         if not whole:
             self._notes.append(f"the vocabulary of {vocab_size} characters is counted in what was read, and may grow.")
-        n_bytes, n_chars = sum(extent.n_bytes for _, extent in read), sum(extent.n_chars for _, extent in read)
-        return _Tokens(vocab_size, n_bytes / n_chars if n_chars else 1.0, exact=whole, per="character")
+        return _Tokens(vocab_size, _bytes_per_character(looked), exact=whole, per="character")
+
+    def _given(self, tokenizer: Tokenizer, looked: Sequence[_Looked]) -> _Tokens:
+        """What a tokenizer that exists already makes of the text; of characters and bytes each is a token."""
+        if tokenizer.kind == "bytes":
+            return _Tokens(tokenizer.vocab_size, 1.0, exact=True, per="byte")
+        if tokenizer.kind == "characters":
+            whole = all(one.corpus is not None and one.corpus.whole for one in looked)
+            return _Tokens(tokenizer.vocab_size, _bytes_per_character(looked), exact=whole, per="character")
+        return self._measured(tokenizer, looked)
 
     def _measured(self, tokenizer: Tokenizer, looked: Sequence[_Looked]) -> _Tokens:
         texts = [text for one in looked if one.corpus for text in islice(_begin(one.corpus), MEASURED_CHUNKS)]
@@ -256,6 +261,12 @@ def assumed_bytes_per_token(vocab_size: int) -> float:
     A rule of thumb (8,192: 3.5; 32,768: 4.5), good to some 15%.
     """
     return min(4.6, 1 + 0.5 * max(0.0, math.log2(vocab_size / 256)))
+
+
+def _bytes_per_character(looked: Sequence[_Looked]) -> float:
+    extents = [one.extent for one in looked if one.extent is not None]
+    n_chars = sum(extent.n_chars for extent in extents)
+    return sum(extent.n_bytes for extent in extents) / n_chars if n_chars else 1.0
 
 
 def _texts(read: Sequence[tuple[_Beginning, Extent]]) -> Iterator[str]:
