@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-STEPS ?= 5000
+STEPS ?= 8000
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-all chaos check bench format
@@ -19,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 
 train: $(READY) ## a first model on the embedded corpus, 2 to 3 minutes on two cores
 	$(BIN)/orchestrate train fundamentallm/small --name first-run budget.steps=$(STEPS) \
-		evaluation.every_steps=1000 evaluation.max_tokens=131072 checkpoint.every_steps=1000
+		evaluation.every_steps=2000 evaluation.max_tokens=131072 checkpoint.every_steps=1000
 
 test: $(READY) ## the fast suite
 	$(BIN)/python -m pytest -q -m "not slow and not chaos and not gpu and not cluster"

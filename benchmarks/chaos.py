@@ -58,7 +58,7 @@ class Fault:
     count: int
     """seeds of the full programme"""
     play: Callable[[Bench, int], dict[str, Any]]
-    """raises AssertionError where a law is broken; `plays` among what it measured counts for so many cases"""
+    """raises where a law is broken; `plays` among what it measured counts for so many cases"""
 
 
 class Bench:
@@ -155,8 +155,10 @@ def tests(*nodes: str) -> Callable[[Bench, int], dict[str, Any]]:
             assert report.exists(), ended.stdout + ended.stderr
             suite = next(ElementTree.parse(report).iter("testsuite"))
         counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+        plays = counts["tests"] - counts["skipped"]
         assert not counts["failures"] and not counts["errors"], ended.stdout[-2000:]
-        return {"plays": counts["tests"] - counts["skipped"], "tests": list(nodes)}
+        assert plays, f"nothing was played: {' '.join(nodes)} selects no test that runs here\n{ended.stdout[-2000:]}"
+        return {"plays": plays, "tests": list(nodes)}
 
     return play
 
@@ -226,14 +228,15 @@ def bench() -> Iterator[Bench]:
 
 
 def play(bench: Bench, name: str, seed: int) -> Case:
-    """One case, whatever comes of it."""
+    """One case, whatever comes of it: a law that broke, or anything that nobody foresaw."""
     started, problem, measured = time.monotonic(), None, {}
     try:
-        measured = FAULTS[name].play(bench, seed)
-    except AssertionError as error:
-        problem = "\n".join([str(error)[-3000:], traceback.format_exc()[-1500:]])
-    finally:
-        bench.place.close()
+        try:
+            measured = FAULTS[name].play(bench, seed)
+        finally:
+            bench.place.close()
+    except Exception as error:  # the hours of cases behind this one shall be played too
+        problem = "\n".join([f"{type(error).__name__}: {str(error)[-3000:]}", traceback.format_exc()[-1500:]])
     plays = measured.pop("plays", 1)
     seconds = round(time.monotonic() - started, 1)
     print(f"{name} {seed}: {'passed' if problem is None else 'FAILED'} in {seconds:g} s {measured}", flush=True)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from trainers.budget import evaluation_interval, phase_steps
-from trainers.config import CheckpointConfig, OptimConfig, Phase, RunConfig, epochs_to_steps
+from trainers.budget import evaluation_interval, phase_steps, saving_interval
+from trainers.config import CheckpointConfig, OptimConfig, Phase, RunConfig
 from trainers.errors import DataError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class RunPlan:
     checkpoint_bytes: int
     """one checkpoint: weights and optimizer state"""
     scheduled_checkpoints: int
-    """by checkpoint.every_steps and every_epochs and at the end of each phase; those by the clock or for a new best come besides"""
+    """by checkpoint.every_steps, every_epochs, at each phase's end; those by the clock or for a new best come on top"""
     kept_checkpoints: int
     """on the disk when the run has ended, at most"""
     disk_bytes: int
@@ -155,9 +155,7 @@ def scheduled_checkpoints(phases: Sequence[PhasePlan], saving: CheckpointConfig)
     and those of every_epochs inside each phase whose text has a known length."""
     count = at = 0
     for phase in phases:
-        counts_epochs = saving.every_epochs is not None and phase.steps_per_epoch is not None
-        by_epochs = epochs_to_steps(saving.every_epochs, phase.steps_per_epoch) if counts_epochs else None  # type: ignore[arg-type]
-        count += _saves(at, phase.steps, saving.every_steps, by_epochs)
+        count += _saves(at, phase.steps, saving.every_steps, saving_interval(saving, phase.steps_per_epoch))
         at += phase.steps
     return count
 

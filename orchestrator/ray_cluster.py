@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.errors import UserError
+from trainers.openmp import spin_briefly
 
 POLL_S = "0.5"  # how often Ray Train's controller looks at its workers; a report waits for it
 
@@ -102,6 +103,7 @@ def _environment(verbose: bool) -> None:
         defaults["RAY_prestart_worker_first_driver"] = "0"  # a worker has an environment of its own, so starts anew
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    spin_briefly()  # a local cluster's workers inherit it
     if not os.environ.get("RAY_AUTH_TOKEN") and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token_file())
 

@@ -30,6 +30,7 @@ FORBIDDEN: dict[str, set[str]] = {
 # library -> the only files that may import it; cluster speaks to `ray job submit`
 DOORS: dict[str, tuple[str, ...]] = {
     "mlflow": ("orchestrator/tracking.py",),
+    "matplotlib": ("orchestrator/plots.py",),
     "ray": ("orchestrator/ray_cluster.py", "orchestrator/ray_trainer.py", "orchestrator/worker.py", "cluster/"),
     "deepspeed": ("trainers/deepspeed_engine.py",),
     "bitsandbytes": ("trainers/precision.py",),
@@ -37,7 +38,12 @@ DOORS: dict[str, tuple[str, ...]] = {
 # imported by trainers only inside the function that needs it
 OPTIONAL = {"tokenizers", "sentencepiece", "datasets", "pyarrow", "zstandard", "deepspeed", "bitsandbytes", "peft"}
 # no torch and no numpy: valid or invalid alike on every machine, in milliseconds
-PLAIN = ("config", "config_io", "config_paths", "yaml12", "presets", "guide", "guide_words", "errors")
+PLAIN = (
+    *("config", "config_io", "config_paths", "yaml12", "presets", "guide", "guide_words"),
+    *("budget", "schedules", "identity", "errors"),
+)
+# the only file of trainers/data that may import torch at run time: text is prepared without it
+DATA_WITH_TORCH = "trainers/data/loader.py"
 
 
 class Import(NamedTuple):
@@ -45,22 +51,25 @@ class Import(NamedTuple):
     line: int
     lazy: bool
     """inside a function, or for type checkers alone"""
+    typing: bool
+    """for type checkers alone"""
 
 
 def imports(source: str) -> Iterator[Import]:
-    yield from _imports(ast.parse(source), lazy=False)
+    yield from _imports(ast.parse(source), lazy=False, typing=False)
 
 
-def _imports(node: ast.AST, lazy: bool) -> Iterator[Import]:
+def _imports(node: ast.AST, lazy: bool, typing: bool) -> Iterator[Import]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import):
-            yield from (Import(alias.name, child.lineno, lazy) for alias in child.names)
+            yield from (Import(alias.name, child.lineno, lazy, typing) for alias in child.names)
         elif isinstance(child, ast.ImportFrom):
             module = "." * child.level + (child.module or "")
-            yield from (Import(f"{module}.{alias.name}", child.lineno, lazy) for alias in child.names)
+            yield from (Import(f"{module}.{alias.name}", child.lineno, lazy, typing) for alias in child.names)
         else:
             function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-            yield from _imports(child, lazy or function or _for_type_checkers(child))
+            unseen = typing or _for_type_checkers(child)
+            yield from _imports(child, lazy or function or unseen, unseen)
 
 
 def _for_type_checkers(node: ast.AST) -> bool:
@@ -72,13 +81,15 @@ def violations(path: str, source: str) -> list[str]:
     package, name = path.split("/")[0], path.removesuffix(".py")
     plain = any(name == f"trainers/{room}" or name.startswith(f"trainers/{room}/") for room in PLAIN)
     found = []
-    for module, line, lazy in imports(source):
+    data = path.startswith("trainers/data/") and path != DATA_WITH_TORCH
+    for module, line, lazy, typing in imports(source):
         top = module.split(".")[0]
         reasons = [
             (module.startswith("."), "imports are absolute"),
             (top in FORBIDDEN[package], f"{package} may not know {top}"),
             (top in DOORS and not path.startswith(DOORS[top]), f"{top} has other doors: {DOORS.get(top)}"),
             (package == "trainers" and top in OPTIONAL and not lazy, f"{top} is optional: import it in a function"),
+            (data and top == "torch" and not typing, f"of trainers/data only {DATA_WITH_TORCH} imports torch"),
             (plain and top in ("torch", "numpy"), f"{path} is plain: no {top}"),
             (package == "search_spaces" and top == "trainers" and not module.startswith("trainers.config"),
              "search_spaces knows trainers.config alone"),
@@ -107,6 +118,12 @@ def test_every_file_keeps_to_its_room() -> None:
         ("trainers/data/tokenizers.py", "if TYPE_CHECKING:\n    import tokenizers", False),
         ("trainers/data/tokenizers.py", "class A:\n    import tokenizers", True),
         ("trainers/data/tokenizers.py", "try:\n    import tokenizers\nexcept ImportError:\n    pass", True),
+        ("trainers/data/loader.py", "import torch", False),
+        ("trainers/data/stream.py", "def f():\n    import torch", True),
+        ("trainers/data/types.py", "if TYPE_CHECKING:\n    import torch", False),
+        ("trainers/budget.py", "def f():\n    import numpy", True),
+        ("orchestrator/plots.py", "def f():\n    import matplotlib", False),
+        ("orchestrator/samples.py", "def f():\n    from matplotlib.figure import Figure", True),
         ("trainers/config.py", "def f():\n    import torch", True),
         ("trainers/presets/codelm.py", "import numpy as np", True),
         ("trainers/configs_of_torch.py", "import torch", False),
@@ -127,10 +144,12 @@ def test_the_rules_refuse_what_breaks_them(path: str, source: str, refused: bool
     assert bool(violations(path, source)) is refused
 
 
+HEAVY = ("torch", "numpy", "ray", "mlflow")
+
+
 def loaded_by(statement: str) -> set[str]:
     """The heavy libraries that a fresh process has loaded after `statement`."""
-    heavy = ("torch", "numpy", "ray", "mlflow")
-    code = f"{statement}\nimport sys\nprint(*[name for name in {heavy!r} if name in sys.modules])"
+    code = f"{statement}\nimport sys\nprint(*[name for name in {HEAVY!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     return set(result.stdout.split())
 
@@ -143,3 +162,16 @@ def test_configuration_loads_nothing_heavy() -> None:
 
 def test_the_command_line_loads_nothing_heavy() -> None:
     assert loaded_by("import orchestrator.cli") == set()
+
+
+def test_the_bare_loop_says_how_it_is_used_before_it_loads_anything_heavy() -> None:
+    helped = "from trainers.__main__ import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    print()"
+    assert loaded_by(helped).isdisjoint(HEAVY)
+    assert loaded_by(f"{helped}\nimport trainers.loop") >= {"torch", "numpy"}
+
+
+def test_text_is_prepared_without_torch() -> None:
+    rooms = [file.stem for file in (ROOT / "trainers" / "data").glob("*.py") if file.stem not in ("__init__", "loader")]
+    prepared = "import " + ", ".join(f"trainers.data.{room}" for room in rooms)
+    assert loaded_by(prepared) == {"numpy"}
+    assert loaded_by(f"{prepared}, trainers.data.loader") == {"numpy", "torch"}

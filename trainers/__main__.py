@@ -1,11 +1,25 @@
-"""python -m trainers CONFIG.yaml [path=value ...]: the same loop, bare. Also under torchrun."""
+"""python -m trainers CONFIG.yaml [path=value ...]: the same loop, bare. Also under torchrun.
+
+Imports nothing heavy before it knows what to do: `--help` and a bad configuration answer at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainers.config import RunConfig
+    from trainers.context import LocalContext
+    from trainers.progress import Outcome
+
+DONE, BAD_INPUT, FAILED, STOPPED = 0, 2, 3, 75
+OUTCOME = "outcome.json"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,58 +30,155 @@ def main(arguments: list[str] | None = None) -> int:
         "The same command goes on where it stopped.",
         epilog="example: python -m trainers mine.yaml --run-dir runs/mine budget.steps=300 optim.lr=1e-3",
     )
-    parser.add_argument("config", help="a YAML file as `orchestrate show` prints it, or the name of a preset")
+    parser.add_argument(
+        "config", help="a YAML file, as `orchestrate show` prints it or in the guide's words, or the name of a preset"
+    )
     parser.add_argument("overrides", nargs="*", metavar="path=value", help="settings by path")
     parser.add_argument("--run-dir", type=Path, default=None, help="the run's folder (default: runs/bare-NAME)")
     options = parser.parse_intermixed_args(arguments)
 
     from trainers.errors import Superseded, TrainingFailed, UserError
+    from trainers.openmp import spin_briefly
 
+    spin_briefly()
     try:
-        return run(options.config, options.overrides, options.run_dir)
+        config = configuration(options.config, options.overrides)
+        outcome = run(config, options.run_dir or Path("runs") / f"bare-{Path(options.config).stem}")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (TrainingFailed, Superseded) as error:
-        print(f"training failed: {error}", file=sys.stderr)
-        return 3
+        return _say(f"error: {error}", BAD_INPUT)
+    except TrainingFailed as error:
+        return _say(f"training failed: {error}", FAILED)
+    except Superseded as error:
+        return _say(f"stopped: a newer command has taken this run over. {error}", STOPPED)
+    return STOPPED if outcome.state == "stopped" else DONE
 
 
-def run(source: str, overrides: list[str], run_dir: Path | None) -> int:
-    from trainers.config_io import build_config, dump_yaml, load_yaml, override
+def _say(text: str, code: int) -> int:
+    print(text, file=sys.stderr, flush=True)
+    return code
+
+
+def configuration(source: str, overrides: list[str]) -> RunConfig:
+    """The configuration of a preset or a file, ours or the guide's, with the overrides. Raises ConfigError."""
+    from trainers.config_io import build_config, override, read_yaml
     from trainers.errors import ConfigError
-    from trainers.presets import PRESETS
+    from trainers.guide import is_guide, translate
+    from trainers.presets import preset
 
-    if source in PRESETS:
-        config = PRESETS[source]()
-    elif Path(source).is_file():
-        config = build_config(load_yaml(Path(source).read_text(encoding="utf-8")))
+    if Path(source).is_file() or source.endswith((".yaml", ".yml")):
+        data = read_yaml(Path(source))
+        if is_guide(data):
+            data, notes = translate(data)
+            for note in notes:
+                _say(note, DONE)
+        config = build_config(data)
     else:
-        raise ConfigError(f"{source!r} is neither a file nor a preset. Presets: {', '.join(PRESETS)}.")
+        config = preset(source)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config = override(config, [f"workers={world_size}", *overrides])
+    if config.workers != world_size:
+        raise ConfigError(
+            f"workers={config.workers}: here are {world_size} processes. Leave workers out, and start as many with "
+            f"torchrun --nproc-per-node {config.workers} -m trainers ..."
+        )
+    return config
 
+
+def run(config: RunConfig, run_dir: Path) -> Outcome:
+    """Train `config` in `run_dir` from wherever the run there stands.
+
+    Raises UserError, TrainingFailed and Superseded as `train` does; outcome.json tells of the first two.
+    """
     from trainers.context import LocalContext
+    from trainers.errors import TrainingFailed, UserError
     from trainers.loop import train
 
-    if world_size > 1:
+    identity = identify(config, run_dir)
+    if config.workers > 1:
         import torch
         import torch.distributed as dist
 
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    ctx = LocalContext(run_dir or Path("runs") / f"bare-{Path(source).stem}")
+    ctx = LocalContext(run_dir)
     try:
         ctx.stop_on_signals()
-        if ctx.rank == 0:
-            (ctx.run_dir / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
-        outcome = train(config, ctx)
+        settle(config, identity, ctx)
+        try:
+            outcome = train(config, ctx)
+        except (UserError, TrainingFailed) as error:
+            end_in_failure(ctx, error)
+            raise
     finally:
         ctx.close()
     if ctx.rank == 0:
-        print(f"{outcome.state} ({outcome.reason}) at step {outcome.step}: {ctx.run_dir}")
+        print(f"{outcome.state} ({outcome.reason}) at step {outcome.step}: {run_dir}")
         for name, value in sorted(outcome.metrics.items()):
             print(f"  {name:24} {value:.6g}")
-    return 75 if outcome.state == "stopped" else 0
+    return outcome
+
+
+def identify(config: RunConfig, run_dir: Path) -> dict[str, Any]:
+    """What identity.json will say of a run of `config`; reads its text and, where given, the run it starts from.
+
+    Raises UserError for a text that cannot be read and for initial weights of another architecture.
+    """
+    from trainers.config_io import fingerprint, fingerprint_fields
+    from trainers.data.prepare import data_hashes
+    from trainers.initial import initial_hash
+
+    hashes, start = data_hashes(config, run_dir.parent / ".cache"), initial_hash(config)
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "name": run_dir.name,
+        "fingerprint": fingerprint(config, hashes, start),
+        "fields": fingerprint_fields(config, hashes, start),
+    }
+
+
+def settle(config: RunConfig, identity: dict[str, Any], ctx: LocalContext) -> None:
+    """Make sure that the folder is this run's or nobody's, and write down whose it is: config.yaml, identity.json.
+
+    Raises ConfigError with the fields that differ where it is another run's, or where a larger budget would have
+    given the steps already taken another learning rate.
+    """
+    from trainers.config_io import differences, dump_yaml
+    from trainers.errors import ConfigError
+    from trainers.identity import IDENTITY, only_more_budget, refuse_rewritten_past, stored_identity
+
+    stored, fields = stored_identity(ctx.run_dir, "move it away or choose another --run-dir."), identity["fields"]
+    if stored is not None:
+        if not only_more_budget(stored["fields"], fields):
+            changed = "\n  ".join(differences(stored["fields"], fields))
+            raise ConfigError(
+                f"{ctx.run_dir} holds a run with another configuration (left: the run, right: this command):\n"
+                f"  {changed}\nChoose another --run-dir, or repeat the run's own settings to continue it."
+            )
+        refuse_rewritten_past(config, stored["fields"], fields)
+        identity = {**identity, **stored, "fingerprint": identity["fingerprint"], "fields": fields}
+    if ctx.rank == 0:
+        (ctx.run_dir / OUTCOME).unlink(missing_ok=True)  # it tells how the attempt before ended
+        _write(ctx.run_dir / "config.yaml", dump_yaml(config))
+        _write(ctx.run_dir / IDENTITY, json.dumps(identity, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Either the old content or the new one, whatever is killed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def end_in_failure(ctx: LocalContext, error: Exception) -> None:
+    """outcome.json says why; the first rank to fail has the cause, and what the others say follows from it."""
+    from trainers.errors import UserError
+    from trainers.progress import Outcome
+    from trainers.record import last_row
+    from trainers.run import write_outcome
+
+    if not (ctx.run_dir / OUTCOME).exists():
+        kind = "bad_input" if isinstance(error, UserError) else "training_failed"
+        row = last_row(ctx.run_dir / "metrics.jsonl") or {}
+        write_outcome(ctx, Outcome("failed", f"{kind}: {error}", row.get("step", 0), row.get("tokens", 0), {}))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from trainers.config import BudgetConfig, EvaluationConfig, epochs_to_steps
+from trainers.config import BudgetConfig, CheckpointConfig, EvaluationConfig, epochs_to_steps
 from trainers.errors import ConfigError
 
 
@@ -35,3 +35,10 @@ def evaluation_interval(evaluation: EvaluationConfig, steps_per_epoch: int | Non
     if evaluation.every_epochs is None or steps_per_epoch is None:
         return None
     return epochs_to_steps(evaluation.every_epochs, steps_per_epoch)
+
+
+def saving_interval(saving: CheckpointConfig, steps_per_epoch: int | None) -> int | None:
+    """Updates of a phase between two saves by epochs; None: there are none (epochs of a stream have no length)."""
+    if saving.every_epochs is None or steps_per_epoch is None:
+        return None
+    return epochs_to_steps(saving.every_epochs, steps_per_epoch)

@@ -91,7 +91,6 @@ class LocalContext(RunFolder):
     """One bare process, or one rank under torchrun: claims the run itself."""
 
     def __init__(self, run_dir: Path, cache_dir: Path | None = None):
-        run_dir.mkdir(parents=True, exist_ok=True)
         rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self._claim = Claim.acquire(run_dir) if rank == 0 else None

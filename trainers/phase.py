@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trainers.budget import evaluation_interval, phase_steps
-from trainers.config import CheckpointConfig, Phase, RunConfig, epochs_to_steps
+from trainers.budget import evaluation_interval, phase_steps, saving_interval
+from trainers.config import CheckpointConfig, Phase, RunConfig
 from trainers.data.loader import build_loader
 from trainers.data.types import Loader, PhaseData
 from trainers.schedules import lr_at
@@ -46,12 +46,10 @@ class ActivePhase:
 
     def saves_after(self, phase_steps_done: int, steps_done: int) -> bool:
         """Whether a checkpoint is due by the configured steps of the run or epochs of the phase."""
-        every, epochs, length = self.checkpoint.every_steps, self.checkpoint.every_epochs, self.loader.steps_per_epoch
-        by_steps = every is not None and steps_done % every == 0
-        by_epochs = (
-            epochs is not None and length is not None and phase_steps_done % epochs_to_steps(epochs, length) == 0
-        )
-        return by_steps or by_epochs
+        over_the_run = self.checkpoint.every_steps
+        inside = saving_interval(self.checkpoint, self.loader.steps_per_epoch)
+        by_steps = over_the_run is not None and steps_done % over_the_run == 0
+        return by_steps or (inside is not None and phase_steps_done % inside == 0)
 
 
 def open_phase(config: RunConfig, spec: Phase, data: PhaseData, rank: int, world_size: int) -> ActivePhase:

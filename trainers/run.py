@@ -59,8 +59,7 @@ class Run:
 
         self.data = prepare(config, ctx.cache_dir)
         torch.manual_seed(stream_seed(config.seed, "model"))
-        vocab_size = config.model.vocab_size or self.data.tokenizer.vocab_size
-        self.model = build(config.model, vocab_size)
+        self.model = build(config.model, self.data.tokenizer.vocab_size)
         seed_everything(config.seed, ctx.rank)
         self.objective = build_objective(config, self.phases[0])
         self.engine = TorchEngine(

@@ -343,3 +343,16 @@ def test_train_hands_over_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> Non
     assert extended == Request(Path("runs").absolute(), "old")
     assert larger.budget is not None and larger.budget.steps == 120
     assert copy == Request(Path("runs").absolute(), "copy")
+
+
+def test_ctrl_c_before_the_command_line_is_loaded_is_no_traceback(tmp_path: Path) -> None:
+    """A package that is interrupted while it loads stands for the first tenth of a second."""
+    early = tmp_path / "early"
+    early.mkdir()
+    (early / "typer.py").write_text("raise KeyboardInterrupt")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(early), str(PROJECT)])}
+    command = [sys.executable, "-m", "orchestrator", "--help"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (130, "stopped: by Ctrl-C.\n")
+    environment["PYTHONPATH"] = str(PROJECT)
+    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0

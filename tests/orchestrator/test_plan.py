@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.cli import BAD_INPUT, DONE, main
-from orchestrator.plan import derive_plan, optimizer_values, scheduled_checkpoints, steps_per_epoch
+from orchestrator.plan import PhasePlan, derive_plan, optimizer_values, scheduled_checkpoints, steps_per_epoch
 from trainers.budget import evaluation_interval, phase_steps
-from trainers.config import BudgetConfig, EvaluationConfig, OptimConfig, RunConfig
+from trainers.config import BudgetConfig, CheckpointConfig, EvaluationConfig, OptimConfig, RunConfig
 from trainers.config_io import override
 from trainers.errors import ConfigError, DataError
 from trainers.presets import PRESETS
@@ -58,15 +58,35 @@ def test_the_interval_of_evaluations() -> None:
 # ---- checkpoints ----------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=4), st.one_of(st.none(), st.integers(1, 40)))
-def test_scheduled_checkpoints_are_the_distinct_steps_of_the_loop(phases: list[int], every: int | None) -> None:
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.one_of(st.none(), st.integers(1, 25))), min_size=1, max_size=4),
+    st.one_of(st.none(), st.integers(1, 40)),
+    st.one_of(st.none(), st.sampled_from([0.5, 1.0, 1.5, 3.0])),
+)
+def test_scheduled_checkpoints_are_the_distinct_steps_of_the_loop(
+    phases: list[tuple[int, int | None]], every: int | None, epochs: float | None
+) -> None:
     saved, step = set(), 0
-    for length in phases:  # the loop's own rule, spelt out
-        for inside in range(1, length + 1):
+    for steps, length in phases:  # the loop's own rule, spelt out
+        for inside in range(1, steps + 1):
             step += 1
-            if inside == length or (every and step % every == 0):
+            by_epochs = epochs and length and inside % max(1, math.floor(epochs * length)) == 0
+            if inside == steps or (every and step % every == 0) or by_epochs:
                 saved.add(step)
-    assert scheduled_checkpoints(phases, every) == len(saved)
+    plans = [PhasePlan("", steps, 0, None, length, 0) for steps, length in phases]
+    saving = CheckpointConfig(every_steps=every, every_epochs=epochs)
+    assert scheduled_checkpoints(plans, saving) == len(saved)
+
+
+def test_a_save_at_each_epoch_is_counted_and_said(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saving = ["every_epochs=1", "every_minutes=null", "save_best=false", "every_steps=null"]
+    arguments = ["plan", "fundamentallm/tiny", "--data", "text.txt", "budget.epochs=4"]
+    arguments += [f"checkpoint.{one}" for one in saving]
+    assert main([*arguments, "--json"]) == DONE
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert (plan["scheduled_checkpoints"], plan["kept_checkpoints"]) == (4, 3)
+    assert main(arguments) == DONE
+    assert "every epoch" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,10 @@ class Ending:
 
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["torch", "trainers.loop", "tests.trainers.attempts"])
+# torch loads _inductor at the first optimizer, and a streamed corpus datasets: seconds, which every attempt would pay
+_server.set_forkserver_preload(
+    ["torch", "torch._inductor", "datasets", "trainers.loop", "tests.trainers.attempts"],
+)
 
 
 def attempt(config: RunConfig, run_dir: Path, plan: Plan = Plan(), *, workers: int = 1) -> Ending:
@@ -86,15 +89,19 @@ def attempt(config: RunConfig, run_dir: Path, plan: Plan = Plan(), *, workers: i
 
 
 def watch(ranks: Sequence[BaseProcess]) -> list[int]:
-    """Exit codes of those who ended by themselves or as planned; where one is killed, so are the others, as Ray does."""
+    """Exit codes of the ranks that ended by themselves or as planned.
+
+    Where one is killed so are the others, as Ray would; where one fails the others have some time to follow.
+    """
     deadline = time.monotonic() + PATIENCE_S
-    while any(process.exitcode is None for process in ranks) and not any(process.exitcode for process in ranks):
-        running = [process.sentinel for process in ranks if process.exitcode is None]
-        if not wait(running, timeout=deadline - time.monotonic()):
+    running = list(ranks)
+    while running and not any(process.exitcode for process in ranks):
+        if not wait([process.sentinel for process in running], timeout=deadline - time.monotonic()):
             kill(ranks)
             raise AssertionError("the attempt hangs")
-    if min(process.exitcode or 0 for process in ranks) >= 0:  # nobody was killed: whoever still runs ends by himself
-        for process in ranks:
+        running = [process for process in running if process.exitcode is None]
+    if not any(process.exitcode and process.exitcode < 0 for process in ranks):
+        for process in running:
             process.join(FAREWELL_S)
     codes = [process.exitcode for process in ranks if process.exitcode is not None]
     kill(ranks)

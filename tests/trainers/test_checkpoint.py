@@ -21,7 +21,7 @@ from trainers.claim import Claim, Guard
 from trainers.environment import environment, explain_difference
 from trainers.errors import CheckpointError, Superseded, TrainingFailed
 from trainers.filesystem import Filesystem
-from trainers.manifest import MANIFEST, FileEntry, Manifest, step_name
+from trainers.manifest import MANIFEST, FileEntry, Manifest, sound_checkpoints, step_name
 from trainers.safetensors_io import DTYPES, file_size, raw_bytes, read_safetensors, write_safetensors
 from trainers.snapshot import SnapshotBuffer
 

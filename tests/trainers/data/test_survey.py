@@ -18,7 +18,7 @@ from trainers.config import (
 )
 from trainers.data import survey as survey_module
 from trainers.data.prepare import prepare, survey
-from trainers.errors import DataError
+from trainers.errors import ConfigError, DataError
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("huggingface_hub.constants")
@@ -111,3 +111,31 @@ def test_what_training_refuses_the_plan_refuses(tmp_path: Path) -> None:
             survey(config(SourceConfig(corpus=str(tmp_path / "a.txt"))))
     with pytest.raises(DataError, match="no corpus"):
         survey(config(SourceConfig(corpus=str(tmp_path / "missing.txt"))))
+
+
+@pytest.mark.parametrize("kind", ["characters", "bytes", "bpe"])
+def test_a_run_that_starts_from_another_has_its_tokenizer(
+    sources: list[SourceConfig], tmp_path: Path, kind: str
+) -> None:
+    """The other text has characters that the first one knows not, and the other way round."""
+    wanted = {"vocab_size": 300} if kind == "bpe" else {}
+    first = prepare(config(sources[0], kind=kind, **wanted), tmp_path / "cache")
+    first.tokenizer.save(tmp_path / "run" / "tokenizer")
+    (tmp_path / "other.txt").write_text("ÄÖÜ and the 7 zebras\n" * 400)
+    other = config(SourceConfig(corpus=str(tmp_path / "other.txt")), kind=kind, **wanted)
+    new = other.model_copy(update={"init_from": str(tmp_path / "run")})
+    before, found = survey(new), prepare(new, tmp_path / "cache")
+    assert before.vocab_size == found.tokenizer.vocab_size == first.tokenizer.vocab_size
+    assert before.exact is (kind != "bpe")
+    near = 0.02 if kind == "bpe" else 0
+    assert before.phases[0].total_train_tokens == pytest.approx(len(found.phases[0].sources[0]), rel=near)
+    if kind == "characters":
+        assert survey(other).vocab_size != before.vocab_size, "texts of one alphabet prove nothing"
+
+
+def test_weights_that_know_another_tokenizer_are_refused(sources: list[SourceConfig], tmp_path: Path) -> None:
+    prepare(config(sources[0], kind="bytes"), tmp_path / "cache").tokenizer.save(tmp_path / "run" / "tokenizer")
+    new = config(sources[0]).model_copy(update={"init_from": str(tmp_path / "run")})
+    for look in (survey, lambda config: prepare(config, tmp_path / "cache")):
+        with pytest.raises(ConfigError, match=r"Set tokenizer\.kind=bytes"):
+            look(new)
