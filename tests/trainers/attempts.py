@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
@@ -25,6 +26,8 @@ from trainers.filesystem import Filesystem
 def play(config: dict[str, Any], run_dir: str, plan: Any, rank: int, workers: int, meeting_place: str) -> None:
     """Train under `plan` as one rank; ends the process with 0, with 3 where training failed, or by SIGKILL."""
     torch.set_num_threads(1)
+    stack = Path(meeting_place, f"stack-{rank}.txt").open("w")  # noqa: SIM115 (open for the life of the process)
+    faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
     join(rank, workers, meeting_place)
     if rank == plan.rank:
         sabotage(plan.sabotage)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
 import signal
 import tempfile
 import time
@@ -17,7 +18,7 @@ from typing import Any
 
 from trainers.config import RunConfig
 
-PATIENCE_S = 120.0  # for an attempt that ends by itself
+PATIENCE_S = 100.0  # for an attempt that ends by itself
 FAREWELL_S = 20.0  # for the other ranks, once one has failed
 VOLATILE = ("perf/", "mem/", "system/", "time_ms")
 
@@ -65,10 +66,9 @@ class Ending:
 
 
 _server = multiprocessing.get_context("forkserver")
-# torch loads _inductor at the first optimizer, and a streamed corpus datasets: seconds, which every attempt would pay
-_server.set_forkserver_preload(
-    ["torch", "torch._inductor", "datasets", "trainers.loop", "tests.trainers.attempts"],
-)
+# torch loads _inductor for its first optimizer: a second or two, which every attempt would pay. Nothing that starts
+# threads belongs here (datasets does, through pyarrow): a fork beside a thread may hang.
+_server.set_forkserver_preload(["torch", "torch._inductor", "trainers.loop", "tests.trainers.attempts"])
 
 
 def attempt(config: RunConfig, run_dir: Path, plan: Plan = Plan(), *, workers: int = 1) -> Ending:
@@ -84,11 +84,11 @@ def attempt(config: RunConfig, run_dir: Path, plan: Plan = Plan(), *, workers: i
         ]
         for process in ranks:
             process.start()
-        codes = watch(ranks)
+        codes = watch(ranks, Path(meeting_place))
     return ending(run_dir, min(codes) or max(codes))
 
 
-def watch(ranks: Sequence[BaseProcess]) -> list[int]:
+def watch(ranks: Sequence[BaseProcess], meeting_place: Path) -> list[int]:
     """Exit codes of the ranks that ended by themselves or as planned.
 
     Where one is killed so are the others, as Ray would; where one fails the others have some time to follow.
@@ -97,8 +97,7 @@ def watch(ranks: Sequence[BaseProcess]) -> list[int]:
     running = list(ranks)
     while running and not any(process.exitcode for process in ranks):
         if not wait([process.sentinel for process in running], timeout=deadline - time.monotonic()):
-            kill(ranks)
-            raise AssertionError("the attempt hangs")
+            raise AssertionError(f"the attempt hangs: {where(running, meeting_place)}")
         running = [process for process in running if process.exitcode is None]
     if not any(process.exitcode and process.exitcode < 0 for process in ranks):
         for process in running:
@@ -106,6 +105,16 @@ def watch(ranks: Sequence[BaseProcess]) -> list[int]:
     codes = [process.exitcode for process in ranks if process.exitcode is not None]
     kill(ranks)
     return codes
+
+
+def where(ranks: Sequence[BaseProcess], meeting_place: Path) -> str:
+    """The stacks of all threads of ranks that hang, which are then killed."""
+    for process in ranks:
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGUSR1)
+    time.sleep(1)
+    kill(ranks)
+    return "\n".join(path.read_text() for path in meeting_place.glob("stack-*.txt"))
 
 
 def kill(ranks: Sequence[BaseProcess]) -> None:
