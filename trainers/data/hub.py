@@ -110,9 +110,9 @@ def resolve_revision(source: SourceConfig) -> str:
     Raises:
         DataError: no such dataset or revision, no permission, or the Hub cannot be reached.
     """
-    hub = _huggingface_hub()
+    hub, name = _huggingface_hub(), repository(source)
     try:
-        commit = hub.HfApi().dataset_info(repository(source), revision=source.revision).sha
+        commit = hub.HfApi().dataset_info(name, revision=source.revision).sha
     except Exception as error:  # see HTTP_LIBRARIES
         raise DataError(
             f"the Hugging Face Hub does not give {source.corpus}"
@@ -128,7 +128,7 @@ def repository(source: SourceConfig) -> str:
     """OWNER/NAME of hf:OWNER/NAME."""
     name = source.corpus.removeprefix("hf:")
     if name == source.corpus or not name.strip("/"):
-        raise DataError(f"a Hub dataset is written hf:OWNER/NAME, not {source.corpus!r}.")
+        raise DataError(f"{source.corpus!r} names no Hub dataset: write corpus as hf:OWNER/NAME.")
     return name
 
 
