@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-STEPS ?= 8000
+STEPS ?= 7000
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-all chaos check bench format
