@@ -73,22 +73,7 @@ class Tracker:
                 "fingerprint": experiment.fingerprint,
             },
         )
-        specs = experiment.config.resolved_phases()
-        if len(specs) > 1:
-            known = identity.get("mlflow_phase_run_ids", {})
-            for spec in specs:
-                self._phases[spec.name] = self._store.open_run(
-                    system,
-                    f"{experiment.name}/{spec.name}",
-                    run_id=known.get(spec.name),
-                    tags={
-                        "preset": experiment.config.preset,
-                        "phase": spec.name,
-                        "fingerprint": experiment.fingerprint,
-                    },
-                    params=spec.model_dump(mode="json", exclude={"index"}),
-                    parent_run_id=self._run.run_id,
-                )
+        self._open_phases(system, identity.get("mlflow_phase_run_ids", {}))
         phase_ids = {name: run.run_id for name, run in self._phases.items()}
         write_identity(
             experiment,
@@ -99,7 +84,7 @@ class Tracker:
         )
         self._feeder = Feeder(
             experiment.run_dir / "metrics.jsonl",
-            [spec.name for spec in specs],
+            [spec.name for spec in experiment.config.resolved_phases()],
             self._run,
             self._phases,
             experiment.run_dir / DELIVERED,
@@ -107,10 +92,24 @@ class Tracker:
         )
         self._feeder.start()
 
-    @property
-    def url_hint(self) -> str | None:
-        """The command that opens the UI, once the run is open."""
-        return self._run.url_hint() if self._run else None
+    def _open_phases(self, system: str, known: dict[str, str]) -> None:
+        """A nested run for each phase of several; a run of one phase has none. `known`: phase -> run id from before."""
+        assert self._store is not None and self._run is not None
+        experiment = self.experiment
+        specs = experiment.config.resolved_phases()
+        for spec in specs if len(specs) > 1 else ():
+            self._phases[spec.name] = self._store.open_run(
+                system,
+                f"{experiment.name}/{spec.name}",
+                run_id=known.get(spec.name),
+                tags={
+                    "preset": experiment.config.preset,
+                    "phase": spec.name,
+                    "fingerprint": experiment.fingerprint,
+                },
+                params=spec.model_dump(mode="json", exclude={"index"}),
+                parent_run_id=self._run.run_id,
+            )
 
     def close(self, outcome: dict[str, Any]) -> Delivered | None:
         """Send what is left with the plots, samples and links, and end the run truthfully; never raises for a store

@@ -59,14 +59,15 @@ def run_phase(run: Run, phase: ActivePhase) -> str | None:
             run.save(phase)
 
         loss = forward_backward(run, phase, batches, targets)
-        update = run.engine.update(phase.lr(progress.phase_step))
+        lr = phase.lr(progress.phase_step)
+        update = run.engine.update(lr)
         progress.advance(targets)
 
         last = progress.phase_step == phase.steps
         evaluates = last or phase.evaluates_after(progress.phase_step)
         logs = evaluates or progress.step % config.logging.every_steps == 0
         if logs:
-            run.log_step(phase, loss, targets, update)
+            run.log_step(phase, loss, targets, lr, update)
         trouble = run.watch(phase, update, logging=logs)
         best = run.evaluate(phase) if evaluates else False
         if best or last or progress.phase_over or phase.saves_after(progress.phase_step, progress.step):

@@ -203,14 +203,14 @@ class Run:
             raise TrainingFailed(f"{what}, {run_of_them} in a row. The last good checkpoint stands; lower optim.lr.")
         return "nonfinite" if policy.on_nonfinite == "stop" else None
 
-    def log_step(self, phase: ActivePhase, loss: torch.Tensor, targets: int, update: Update) -> None:
+    def log_step(self, phase: ActivePhase, loss: torch.Tensor, targets: int, lr: float, update: Update) -> None:
         """Write this step's training metrics (waits for the device: only on logging steps)."""
         (total,) = self.peers.sum((loss.item(),))
         if self.record is None:
             return
         metrics = {
             "train/loss": total / targets,
-            "train/lr": phase.lr(self.progress.phase_step - 1),
+            "train/lr": lr,
             "train/grad_norm": float(update.grad_norm),
             **self.meter.read(self.progress.tokens),
         }
