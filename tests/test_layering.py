@@ -39,7 +39,8 @@ DOORS: dict[str, tuple[str, ...]] = {
 OPTIONAL = {"tokenizers", "sentencepiece", "datasets", "pyarrow", "zstandard", "deepspeed", "bitsandbytes", "peft"}
 # no torch and no numpy: valid or invalid alike on every machine, in milliseconds
 PLAIN = (
-    *("config", "config_io", "config_paths", "yaml12", "presets", "guide", "guide_words"),
+    *("config", "config_fields", "config_model", "config_data", "config_training", "config_io", "config_paths"),
+    *("yaml12", "presets", "guide", "guide_words"),
     *("budget", "schedules", "identity", "errors"),
 )
 # the only file of trainers/data that may import torch at run time: text is prepared without it
