@@ -66,6 +66,11 @@ class Experiment:
         return {"reason": "", **found} if found and found.get("state") in ENDINGS else None
 
 
+def cache_dir(runs_dir: Path) -> Path:
+    """Packed corpora and tokenizers, shared by the runs of a folder."""
+    return runs_dir / ".cache"
+
+
 def settle(config: RunConfig, request: Request, data_hashes: tuple[str, ...]) -> Experiment:
     """The run that `config` under `request` means; reads only.
 

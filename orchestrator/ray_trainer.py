@@ -7,9 +7,12 @@ they delay the first step by a third on a small machine (benchmarks/first_step.p
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from orchestrator.ray_cluster import Resources
 
 WORKER_RESTARTS = 3  # crashes of a worker that Ray mends from the last checkpoint
 UNUSED = {"DatasetsCallback"}  # deals out Ray Datasets; ours are packed files
@@ -56,3 +59,20 @@ def _process_group(gpus: int) -> Any:
     from ray.train.torch import TorchConfig
 
     return TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo")
+
+
+class Fit(threading.Thread):
+    """Ray Train's blocking `fit` on a thread, so that the main thread keeps the signals and the terminal."""
+
+    def __init__(self, job: dict[str, Any], workers: int, share: Resources):
+        super().__init__(name="ray-train", daemon=True)
+        self.job, self.workers, self.share = job, workers, share
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        from orchestrator.worker import work
+
+        try:
+            build_trainer(work, self.job, workers=self.workers, cpus=self.share.cpus, gpus=self.share.gpus).fit()
+        except Exception as error:  # the driver decides, by the outcome the workers wrote
+            self.error = error

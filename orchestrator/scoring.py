@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from orchestrator.console import count, err, out, print_json
+from orchestrator.experiment import cache_dir
 from orchestrator.runs import existing_run, name_in
 from orchestrator.target import absolute
 from trainers.config import SourceConfig
@@ -104,7 +105,7 @@ def _text(
     if data is None:
         from trainers.data.prepare import prepare
 
-        prepared = prepare(trained.config, runs_dir / ".cache", progress=_progress)
+        prepared = prepare(trained.config, cache_dir(runs_dir), progress=_progress)
         return prepared.phases[-1].validation, "its validation text"
     if not data:
         raise UserError("DATA is empty: name a file, a folder, python-stdlib or hf:OWNER/NAME.")
