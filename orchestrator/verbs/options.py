@@ -1,11 +1,25 @@
-"""Options that several verbs share."""
+"""Options that several verbs share, alone and as the two nouns that they make together.
+
+A verb takes a noun as one keyword-only parameter and is decorated with `spread`, which shows typer its options:
+
+    @options.spread
+    def plan(*, target: options.TargetOptions, json: options.Json = False) -> int: ...
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from inspect import Parameter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+
+if TYPE_CHECKING:
+    from orchestrator.target import Flags, Target
 
 RunsDir = Annotated[
     Path,
@@ -69,3 +83,73 @@ Checkpoint = Annotated[
     typer.Option("--checkpoint", metavar="best|latest|STEP", help="Which weights.", show_default="best, else latest"),
 ]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run (`orchestrate runs` lists them).")]
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """What to train: a preset, a file or a run, with the flags and settings that change it."""
+
+    settings: Settings = None
+    data: Data = None
+    text_field: TextField = None
+    runs_dir: RunsDir = DEFAULT_RUNS
+    workers: Workers = None
+    precision: Precision = None
+    seed: Seed = None
+    device: Device = None
+    init_from: InitFrom = None
+
+    def flags(self) -> Flags:
+        from orchestrator.target import Flags
+
+        return Flags(
+            data=tuple(self.data or ()),
+            text_field=self.text_field,
+            workers=self.workers,
+            precision=self.precision,
+            seed=self.seed,
+            device=self.device,
+            init_from=self.init_from,
+        )
+
+    def resolve(self) -> Target:
+        """The one configuration that all of it means. Raises UserError."""
+        from orchestrator.target import resolve
+
+        return resolve(list(self.settings or ()), self.flags(), self.runs_dir.absolute())
+
+
+@dataclass(frozen=True)
+class WeightsOptions:
+    """Which weights of a run, and what computes with them."""
+
+    checkpoint: Checkpoint = None
+    device: Device = None
+    runs_dir: RunsDir = DEFAULT_RUNS
+
+
+def spread(verb: Callable[..., int]) -> Callable[..., int]:
+    """`verb` as typer needs it: a parameter that is a dataclass of options gives way to the options themselves."""
+    signature = inspect.signature(verb, eval_str=True)
+    nouns = {name: part.annotation for name, part in signature.parameters.items() if is_dataclass(part.annotation)}
+
+    @functools.wraps(verb)
+    def spread_out(**given: Any) -> int:
+        for name, noun in nouns.items():
+            given[name] = noun(**{option.name: given.pop(option.name) for option in fields(noun)})
+        return verb(**given)
+
+    spread_out.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[option for part in signature.parameters.values() for option in _options_of(part)]
+    )
+    return spread_out
+
+
+def _options_of(part: Parameter) -> Iterator[Parameter]:
+    if not is_dataclass(part.annotation):
+        yield part.replace(kind=Parameter.KEYWORD_ONLY)
+        return
+    assert isinstance(part.annotation, type)
+    hints = get_type_hints(part.annotation, include_extras=True)
+    for option in fields(part.annotation):
+        yield Parameter(option.name, Parameter.KEYWORD_ONLY, default=option.default, annotation=hints[option.name])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +9,7 @@ import typer
 from orchestrator.verbs import options
 
 
+@options.spread
 def generate(
     run: options.RunName,
     prompt: Annotated[
@@ -52,9 +52,8 @@ def generate(
     interactive: Annotated[
         bool, typer.Option("--interactive", "-i", help="A session; the default on a terminal without a prompt.")
     ] = False,
-    checkpoint: options.Checkpoint = None,
-    device: options.Device = None,
-    runs_dir: options.RunsDir = options.DEFAULT_RUNS,
+    *,
+    weights: options.WeightsOptions,
     json: options.Json = False,
 ) -> int:
     """Write text with a trained model.
@@ -70,7 +69,7 @@ def generate(
 
     wish = Wish(
         run=run,
-        runs_dir=runs_dir.absolute(),
+        runs_dir=weights.runs_dir.absolute(),
         prompts=tuple(prompt) if prompt else None,
         prompts_file=prompts_file,
         max_tokens=max_tokens,
@@ -82,13 +81,14 @@ def generate(
         seed=seed,
         greedy=greedy,
         interactive=interactive,
-        checkpoint=checkpoint,
-        device=device or "auto",
+        checkpoint=weights.checkpoint,
+        device=weights.device or "auto",
         json=json,
     )
     return write_texts(wish)
 
 
+@options.spread
 def evaluate(
     run: options.RunName,
     data: Annotated[
@@ -96,9 +96,12 @@ def evaluate(
         typer.Argument(metavar="[DATA]", help="Text to score: as --data of train.", show_default="its validation text"),
     ] = None,
     text_field: options.TextField = None,
-    checkpoint: options.Checkpoint = None,
-    device: options.Device = None,
-    runs_dir: options.RunsDir = options.DEFAULT_RUNS,
+    precision: Annotated[
+        str | None,
+        typer.Option("--precision", metavar="fp32|fp16|bf16", help="Arithmetic to score in.", show_default="the run's"),
+    ] = None,
+    *,
+    weights: options.WeightsOptions,
     json: options.Json = False,
 ) -> int:
     """Score a trained model on text: loss, perplexity, bits per byte, accuracy.
@@ -114,8 +117,9 @@ def evaluate(
         run=run,
         data=data,
         text_field=text_field,
-        checkpoint=checkpoint,
-        device=device or "auto",
-        runs_dir=Path(runs_dir).absolute(),
+        precision=precision,
+        checkpoint=weights.checkpoint,
+        device=weights.device or "auto",
+        runs_dir=weights.runs_dir.absolute(),
         json=json,
     )

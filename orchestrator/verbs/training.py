@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,23 +9,17 @@ import typer
 from orchestrator.verbs import options
 
 if TYPE_CHECKING:
-    from orchestrator.target import Flags, Target
+    from orchestrator.target import Target
 
 
+@options.spread
 def train(
-    settings: options.Settings = None,
     name: Annotated[
         str | None,
         typer.Option("--name", metavar="NAME", help="Name of the run.", show_default="preset + fingerprint"),
     ] = None,
-    data: options.Data = None,
-    text_field: options.TextField = None,
-    runs_dir: options.RunsDir = options.DEFAULT_RUNS,
-    workers: options.Workers = None,
-    precision: options.Precision = None,
-    seed: options.Seed = None,
-    device: options.Device = None,
-    init_from: options.InitFrom = None,
+    *,
+    target: options.TargetOptions,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would do and leave nothing behind (`orchestrate plan`).")
     ] = False,
@@ -48,18 +41,15 @@ def train(
     Ctrl-C saves a checkpoint and stops.
     Exit codes: 0 done, 1 internal error, 2 bad input, 3 training failed, 75 stopped and resumable.
     """
-    from orchestrator.target import Flags
-
-    flags = Flags(tuple(data or ()), text_field, workers, precision, seed, device, init_from)
     if dry_run:
-        return _plan(settings, flags, runs_dir, json, name)
+        return _plan(target, json, name)
     from orchestrator.experiment import Request, confined
     from orchestrator.runs import check_runs_dir
 
-    target = _resolve(settings, flags, runs_dir)
+    meant = target.resolve()
     request = Request(
-        runs_dir=runs_dir.absolute(),
-        name=target.label if target.kind == "run" and name is None else name,
+        runs_dir=target.runs_dir.absolute(),
+        name=meant.label if meant.kind == "run" and name is None else name,
         fresh=fresh,
         verbose=verbose,
         json=json,
@@ -67,24 +57,14 @@ def train(
     if request.name is not None:
         confined(request.runs_dir, request.name)
     check_runs_dir(request.runs_dir)
-    _say_notes(target)
+    _say_notes(meant)
     from orchestrator.launch import train as launch
 
-    return launch(target.config, request)
+    return launch(meant.config, request)
 
 
-def plan(
-    settings: options.Settings = None,
-    data: options.Data = None,
-    text_field: options.TextField = None,
-    runs_dir: options.RunsDir = options.DEFAULT_RUNS,
-    workers: options.Workers = None,
-    precision: options.Precision = None,
-    seed: options.Seed = None,
-    device: options.Device = None,
-    init_from: options.InitFrom = None,
-    json: options.Json = False,
-) -> int:
+@options.spread
+def plan(*, target: options.TargetOptions, json: options.Json = False) -> int:
     """Say what `train` would do: parameters, tokens, steps, checkpoints, disk.
 
     Opens the data (a sample of big files), trains nothing, starts nothing, leaves nothing behind.
@@ -94,24 +74,11 @@ def plan(
       orchestrate plan fundamentallm/medium --data book.txt
       orchestrate plan codelm/large batch.sequences=64 --json
     """
-    from orchestrator.target import Flags
-
-    flags = Flags(tuple(data or ()), text_field, workers, precision, seed, device, init_from)
-    return _plan(settings, flags, runs_dir, json, None)
+    return _plan(target, json, None)
 
 
-def show(
-    settings: options.Settings = None,
-    data: options.Data = None,
-    text_field: options.TextField = None,
-    runs_dir: options.RunsDir = options.DEFAULT_RUNS,
-    workers: options.Workers = None,
-    precision: options.Precision = None,
-    seed: options.Seed = None,
-    device: options.Device = None,
-    init_from: options.InitFrom = None,
-    json: options.Json = False,
-) -> int:
+@options.spread
+def show(*, target: options.TargetOptions, json: options.Json = False) -> int:
     """Check a configuration and print it whole, as YAML that `train` accepts. Opens no data.
 
     [bold]Examples[/bold]
@@ -123,16 +90,14 @@ def show(
     import sys
 
     from orchestrator.console import print_json
-    from orchestrator.target import Flags
     from trainers.config_io import dump_yaml
 
-    flags = Flags(tuple(data or ()), text_field, workers, precision, seed, device, init_from)
-    target = _resolve(settings, flags, runs_dir)
+    meant = target.resolve()
     if json:
-        print_json(target.config.model_dump(mode="json"))
+        print_json(meant.config.model_dump(mode="json"))
     else:
-        _say_notes(target)
-        sys.stdout.write(dump_yaml(target.config))
+        _say_notes(meant)
+        sys.stdout.write(dump_yaml(meant.config))
     return 0
 
 
@@ -160,36 +125,31 @@ def presets(json: options.Json = False) -> int:
     return 0
 
 
-def _resolve(settings: list[str] | None, flags: Flags, runs_dir: Path) -> Target:
-    from orchestrator.target import resolve
-
-    return resolve(list(settings or ()), flags, runs_dir.absolute())
-
-
-def _plan(settings: list[str] | None, flags: Flags, runs_dir: Path, json: bool, name: str | None) -> int:
+def _plan(target: options.TargetOptions, json: bool, name: str | None) -> int:
     from orchestrator.console import out, print_json
     from orchestrator.experiment import confined
     from orchestrator.survey_plan import plan_json, plan_tables, survey_plan
 
-    target = _resolve(settings, flags, runs_dir)
+    meant = target.resolve()
+    runs_dir = target.runs_dir.absolute()
     if name is not None:
-        confined(runs_dir.absolute(), name)
-    report = survey_plan(target.config, runs_dir.absolute())
+        confined(runs_dir, name)
+    report = survey_plan(meant.config, runs_dir)
     if json:
         print_json(plan_json(report))
         return 0
-    _say_notes(target)
+    _say_notes(meant)
     console = out()
     for part in plan_tables(report):
         console.print(part)
     return 0
 
 
-def _say_notes(target: Target) -> None:
+def _say_notes(meant: Target) -> None:
     """What a person should know goes to standard error: standard output may be a file."""
     from rich.text import Text
 
     from orchestrator.console import err
 
-    for note in target.notes:
+    for note in meant.notes:
         err().print(Text(note, style="yellow"), soft_wrap=True)

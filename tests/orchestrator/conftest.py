@@ -1,11 +1,14 @@
-"""A place where real runs happen, shared by the tests that start Ray, and what an undisturbed run looks like."""
+"""What several tests share: a store of MLflow, a place where real runs happen, what an undisturbed run looks like."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from orchestrator.tracking import Store, open_store
 from tests.orchestrator.faults import Place, undisturbed
 from tests.trainers.crash import Ending
 
@@ -35,3 +38,28 @@ def one_worker(shared_place: Place) -> Ending:
 def two_workers(shared_place: Place) -> Ending:
     """The same with two (`pair`)."""
     return undisturbed(shared_place, "pair", 2)
+
+
+@pytest.fixture
+def no_store_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the tests may have a store, an experiment and a wish of their own."""
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_DEFAULT_ARTIFACT_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated, empty database: making one takes a second, copying it nothing."""
+    runs = tmp_path_factory.mktemp("template")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("MLFLOW_TRACKING_URI", raising=False)
+        open_store(runs)
+    return runs / "mlflow.db"
+
+
+@pytest.fixture
+def store(empty_store: Path, tmp_path: Path, no_store_named: None) -> Store:
+    """An empty store in `tmp_path`."""
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    return open_store(tmp_path)

@@ -15,13 +15,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from tests.trainers.crash import Ending, ending, merged
 from trainers.claim import Holder
 from trainers.record import HEAD, read_rows
+
+if TYPE_CHECKING:
+    from orchestrator.tracking import TrackedRun
 
 PROJECT = Path(__file__).parents[2]
 STEPS = 240
@@ -285,6 +288,11 @@ class Tracked:
     tags: dict[str, str]
     history: dict[tuple[int, str], list[float]] = field(repr=False)
     """(step, metric) -> its values: exactly one each, if all is well; the machine's own metrics left out"""
+
+
+def history(run: TrackedRun, key: str) -> list[tuple[int, float]]:
+    """(step, value) of a metric as the store has it."""
+    return [(m.step, m.value) for m in run.store.client.get_metric_history(run.run_id, key)]
 
 
 def tracked(runs: Path, run_id: str) -> Tracked:

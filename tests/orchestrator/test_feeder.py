@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -13,35 +12,14 @@ from pathlib import Path
 import pytest
 
 from orchestrator.feeder import Feeder, count_rows, read_position
-from orchestrator.tracking import Store, TrackedRun, TrackingUnavailable, open_store
+from orchestrator.tracking import Store, TrackedRun, TrackingUnavailable
+from tests.orchestrator.faults import history
 
-
-@pytest.fixture(autouse=True)
-def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
-    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    runs = tmp_path_factory.mktemp("template")
-    open_store(runs)
-    return runs / "mlflow.db"
-
-
-@pytest.fixture
-def store(empty_store: Path, tmp_path: Path) -> Store:
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
-    return open_store(tmp_path)
+pytestmark = pytest.mark.usefixtures("no_store_named")
 
 
 def open_run(store: Store, name: str = "run", parent: str | None = None) -> TrackedRun:
     return store.open_run("laws", name, run_id=None, tags={}, params={}, parent_run_id=parent)
-
-
-def history(run: TrackedRun, key: str) -> list[tuple[int, float]]:
-    return [(m.step, m.value) for m in run.store.client.get_metric_history(run.run_id, key)]
 
 
 class Record:

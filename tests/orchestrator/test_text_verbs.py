@@ -106,6 +106,27 @@ def test_a_setting_out_of_range_is_refused(bad: list[str], runs: Path, capsys: p
     assert bad[0].strip("-").replace("-", "_") in capsys.readouterr().err
 
 
+def test_an_fp16_run_is_scored_on_a_cpu_in_another_arithmetic(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    shutil.copytree(runs, tmp_path / "runs")
+    settings = tmp_path / "runs" / "tiny" / "config.yaml"
+    settings.write_text(settings.read_text().replace("compute: fp32", "compute: fp16"))
+    command = ["evaluate", "tiny", "--runs-dir", str(tmp_path / "runs"), "--device", "cpu", "--json"]
+    assert main(command) == BAD_INPUT
+    assert "--precision fp32" in capsys.readouterr().err
+    assert main([*command, "--precision", "fp32"]) == DONE
+    scored = json.loads(capsys.readouterr().out)
+    assert scored["precision"] == "fp32"
+    assert main(["evaluate", "tiny", "--runs-dir", str(runs), "--device", "cpu", "--json"]) == DONE
+    assert json.loads(capsys.readouterr().out)["metrics"] == scored["metrics"]
+    assert main([*command, "--precision", "bf16"]) == DONE
+    assert json.loads(capsys.readouterr().out)["metrics"] != scored["metrics"]
+    assert main([*command, "--precision", "fp17"]) == BAD_INPUT
+
+
 def test_a_damaged_checkpoint_is_not_used(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import shutil
 

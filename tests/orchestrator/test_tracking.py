@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sqlite3
 import stat
 import subprocess
@@ -16,38 +15,18 @@ import pytest
 from orchestrator.provenance import describe_environment, flatten, git_state
 from orchestrator.redaction import redact, redact_mapping
 from orchestrator.tracking import Store, TrackedRun, TrackingRefused, close_orphan, open_store
+from tests.orchestrator.faults import history
 from trainers.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_DEFAULT_ARTIFACT_ROOT"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated, empty database: making one takes a second, copying it nothing."""
-    runs = tmp_path_factory.mktemp("template")
-    open_store(runs)
-    return runs / "mlflow.db"
-
-
-@pytest.fixture
-def store(empty_store: Path, tmp_path: Path) -> Store:
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
-    return open_store(tmp_path)
+pytestmark = pytest.mark.usefixtures("no_store_named")
 
 
 def begin(store: Store, run_id: str | None = None, **more: object) -> TrackedRun:
     arguments: dict = {"tags": {"fingerprint": "ab"}, "params": {"optim": {"lr": 0.001}}} | more
     return store.open_run("laws", "first", run_id=run_id, **arguments)
-
-
-def history(run: TrackedRun, key: str) -> list[tuple[int, float]]:
-    return [(m.step, m.value) for m in run.store.client.get_metric_history(run.run_id, key)]
 
 
 def rows(count: int, time_ms: int = 1_700_000_000_000) -> list[dict]:
