@@ -1,1 +1,1 @@
-"""What a sweep searches: spaces over the paths of a RunConfig. Imports `trainers.config` alone."""
+"""What a sweep searches: domains over configuration paths, their grammar, the catalog and the checks. No torch."""

@@ -174,6 +174,15 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
     return build_config(data)
 
 
+def check_path(config: RunConfig, path: str) -> None:
+    """Nothing, where an override could set `path`. ConfigError, with what was meant, elsewhere and for a section."""
+    place = _find(config.model_dump(mode="json"), path)
+    elements = element_types(place.annotation)
+    section = section_of(place.annotation) or (section_of(elements[0]) if elements else None)
+    if section is not None:
+        raise ConfigError(f"{path}: a whole section, not one value; it holds {', '.join(section.model_fields)}.")
+
+
 def _split(assignment: str) -> tuple[str, str]:
     path, equals, text = assignment.partition("=")
     path, text = path.strip(), text.strip()
