@@ -30,7 +30,7 @@ from search_spaces.space import Axis, Choice, Domain, Float, Int, Space, Value
 
 STARTUP = 10
 """finished trials before the estimator is asked; until then the draws are random"""
-REDRAWS = 8
+REDRAWS = 4
 """draws of the estimator that may meet points asked for before, until one is drawn at random"""
 
 
