@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from trainers.claim import holder
 from trainers.config import NAME_PATTERN, RunConfig
 from trainers.config_io import differences, dump_yaml, fingerprint, fingerprint_fields
 from trainers.errors import ConfigError, UserError
@@ -19,6 +20,7 @@ from trainers.identity import (
     only_more_budget,
     read_identity,
     read_json,
+    refuse_more_after_early_stopping,
     refuse_rewritten_past,
     stored_identity,
 )
@@ -54,6 +56,8 @@ class Experiment:
     """the folder already holds this run"""
     extended: bool
     """its budget was raised"""
+    passed_over: tuple[Path, ...] = ()
+    """folders of runs of this name that --fresh leaves as they are"""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -76,23 +80,21 @@ def settle(config: RunConfig, request: Request, data_hashes: tuple[str, ...]) ->
 
     Raises ConfigError when the name is taken by a run with another fingerprint, listing the fields.
     """
-    start = initial_hash(config)
+    start = initial_hash(config, _own_folder(request))
     fields, digest = fingerprint_fields(config, data_hashes, start), fingerprint(config, data_hashes, start)
     name = request.name or f"{config.preset.replace('/', '-')}-{digest[:8]}"
     run_dir = confined(request.runs_dir, name)
-    if request.fresh and run_dir.exists():
-        name, run_dir = _next_free(request.runs_dir, name)
+    taken: list[Path] = []
+    if request.fresh:
+        *taken, run_dir = _until_free(request.runs_dir, name)
+        name = run_dir.name
     _refuse_other_than_folders(run_dir)
     stored = stored_identity(run_dir, "move it away or choose another --name.")
-    experiment = Experiment(name, run_dir, config, digest, fields, stored is not None, extended=False)
+    experiment = Experiment(name, run_dir, config, digest, fields, stored is not None, False, tuple(taken))
     if stored is None or stored["fingerprint"] == digest:
         return experiment
     if only_more_budget(stored["fields"], fields):
-        if (experiment.outcome or {}).get("reason") == "early_stopping":
-            raise ConfigError(
-                f"run {name!r} was ended by early stopping, not by its budget, so a larger budget changes nothing. "
-                f"Start a new run from its weights: --init-from {name} early_stopping.patience=0."
-            )
+        refuse_more_after_early_stopping(name, experiment.outcome, f"--init-from {name}")
         refuse_rewritten_past(config, stored["fields"], fields)
         return replace(experiment, extended=True)
     changed = "\n  ".join(differences(stored["fields"], fields))
@@ -124,6 +126,7 @@ def write_identity(experiment: Experiment, **more: Any) -> None:
         "name": experiment.name,
         "fingerprint": experiment.fingerprint,
         "fields": experiment.fields,
+        "init_from": experiment.config.init_from,
         **more,
     }
     write_atomically(experiment.run_dir / "config.yaml", dump_yaml(experiment.config))
@@ -151,8 +154,23 @@ def _refuse_other_than_folders(run_dir: Path) -> None:
             raise ConfigError(f"{path} is no folder, and the run needs one of that name: move it away.")
 
 
-def _next_free(runs_dir: Path, name: str) -> tuple[str, Path]:
-    number = 2
-    while confined(runs_dir, f"{name}-{number}").exists():
-        number += 1
-    return f"{name}-{number}", runs_dir / f"{name}-{number}"
+def _until_free(runs_dir: Path, name: str) -> list[Path]:
+    """The folders of NAME, NAME-2 and so on that are there, and the first that is not."""
+    folders = [confined(runs_dir, name)]
+    while folders[-1].exists():
+        folders.append(confined(runs_dir, f"{name}-{len(folders) + 1}"))
+    return folders
+
+
+def _own_folder(request: Request) -> Path | None:
+    """Where the run goes on, if it is one that was begun: it remembers what it started from."""
+    return confined(request.runs_dir, request.name) if request.name and not request.fresh else None
+
+
+def abandoned(run_dir: Path) -> str | None:
+    """The MLflow run id of a run whose driver was killed: it has no ending, and nobody holds it. Else None."""
+    ended = read_json(run_dir / OUTCOME) is not None
+    keeper = holder(run_dir)
+    if ended or keeper is None or keeper.alive is not False:
+        return None
+    return (read_identity(run_dir) or {}).get("mlflow_run_id")

@@ -17,16 +17,17 @@ from orchestrator.display import Display
 from orchestrator.ending import brief, draw, ended_truthfully, failure, pending, show_closing
 from orchestrator.experiment import OUTCOME, Experiment, Request, cache_dir, settle, write_atomically, write_identity
 from orchestrator.news import News
-from orchestrator.plan import total_steps
+from orchestrator.plan import planned_phases, warmups_beyond_epochs
 from orchestrator.preflight import check_device, check_model
 from orchestrator.ray_cluster import Resources, ray_cluster, resources_per_worker
-from orchestrator.ray_trainer import WORKER_RESTARTS, Fit
+from orchestrator.ray_trainer import WORKER_RESTARTS, Fit, while_it_gets_further
 from orchestrator.signals import StopSignals
 from orchestrator.tracker import Tracker, owes
 from trainers.claim import Claim
 from trainers.config import RunConfig
 from trainers.context import STOP_REQUEST, request_stop
 from trainers.data.prepare import data_hashes, prepare
+from trainers.identity import saved_step
 
 POLL_S = 0.2  # how often the driver looks at the record
 LAST_WORDS_S = 30.0  # for the workers to end by themselves once one of them has said how the run ended
@@ -84,12 +85,17 @@ class Driver:
     def run(self) -> int:
         with self.display, self.signals.heard():
             with self.signals.leaving_at_once():  # while text is packed
-                data = prepare(self.config, cache_dir(self.request.runs_dir), progress=self.display.packing)
+                data = prepare(
+                    self.config, cache_dir(self.request.runs_dir), run_dir=self.run_dir, progress=self.display.packing
+                )
             check_model(self.config, data.tokenizer.vocab_size)
             self._clean_up_after_the_last_claim()
             # Only now: a text that is refused leaves no store behind. It opens while Ray starts.
             tracker = Tracker(self.experiment, self.request.runs_dir, self.display.note)
-            self.display.total_steps = total_steps(self.config, data)
+            phases = planned_phases(self.config, data)
+            self.display.total_steps = sum(phase.steps for phase in phases)
+            for note in warmups_beyond_epochs(self.config, phases):
+                self.display.note(note)
             write_identity(
                 self.experiment,
                 total_steps=self.display.total_steps,
@@ -107,9 +113,10 @@ class Driver:
                 share = resources_per_worker(ray, self.config.workers, self.config.device)
                 self.display.status("opening MLflow")
                 tracker.open()
+                tracker.end_abandoned()
                 self.display.status("starting the workers")
                 with ended_truthfully(tracker):
-                    error = self._watch(Fit(self._job(share), self.config.workers, share))
+                    error = self._train(share)
             with ended_truthfully(tracker):
                 return self._conclude(tracker, error)
 
@@ -127,9 +134,18 @@ class Driver:
             "tracking": {"mlflow_run_id": self.experiment.identity["mlflow_run_id"]},
         }
 
+    def _train(self, share: Resources) -> BaseException | None:
+        """Train until the run is over or the workers die again and again at one place; their last error, if any."""
+        (self.run_dir / OUTCOME).unlink(missing_ok=True)  # only now: until here the last ending stands
+        job = self._job(share)
+        return while_it_gets_further(
+            lambda number: self._watch(Fit(job, self.config.workers, share, number)),
+            lambda: saved_step(self.run_dir),
+            over=lambda: self.experiment.outcome is not None,
+        )
+
     def _watch(self, fit: Fit) -> BaseException | None:
         """Show and send on what the workers record until they are done; their error, if they had one."""
-        (self.run_dir / OUTCOME).unlink(missing_ok=True)  # only now: until here the last ending stands
         fit.start()
         while fit.is_alive() and not self._waits_in_vain():
             fit.join(POLL_S)
@@ -165,7 +181,8 @@ class Driver:
     def _conclude(self, tracker: Tracker, error: BaseException | None) -> int:
         outcome = self.experiment.outcome
         if outcome is None:
-            reason = f"the workers died {WORKER_RESTARTS + 1} times; the last time: {brief(error)}"
+            times = f"{WORKER_RESTARTS + 1} times without a new checkpoint"
+            reason = f"the workers died {times}; the last time: {brief(error)}"
             outcome = {"state": "failed", "reason": reason}
             write_atomically(self.run_dir / OUTCOME, json.dumps(outcome) + "\n")
         shutil.rmtree(self.run_dir / ".ray", ignore_errors=True)

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from trainers.budget import evaluation_interval, phase_steps, saving_interval
 from trainers.config import CheckpointConfig, OptimConfig, Phase, RunConfig
 from trainers.errors import DataError
+from trainers.schedules import endless_warmup
 
 if TYPE_CHECKING:
     from trainers.data.packed import PackedTokens
@@ -96,11 +97,19 @@ def plan_run(config: RunConfig, data: PreparedData) -> RunPlan:
     )
 
 
-def total_steps(config: RunConfig, data: PreparedData) -> int:
-    """Steps of the whole run on its packed text; imports no torch."""
+def planned_phases(config: RunConfig, data: PreparedData) -> tuple[PhasePlan, ...]:
+    """Each phase on its packed text; imports no torch."""
     lengths = [steps_per_epoch(config, [packed_tokens(source) for source in phase.sources]) for phase in data.phases]
     specs = config.resolved_phases()
-    return sum(plan_phase(config, spec, length).steps for spec, length in zip(specs, lengths, strict=True))
+    return tuple(plan_phase(config, spec, length) for spec, length in zip(specs, lengths, strict=True))
+
+
+def warmups_beyond_epochs(config: RunConfig, phases: Sequence[PhasePlan]) -> Iterator[str]:
+    """A sentence for each warm-up that is longer than a budget in epochs; others are told without the text."""
+    for spec, phase in zip(config.resolved_phases(), phases, strict=True):
+        note = endless_warmup(spec.schedule, phase.steps) if spec.budget.epochs is not None else None
+        if note is not None:
+            yield note
 
 
 def packed_tokens(source: PackedTokens | StreamedSource) -> int | None:

@@ -14,15 +14,34 @@ from typing import Any
 
 from orchestrator.ray_cluster import Resources
 
-WORKER_RESTARTS = 3  # crashes of a worker that Ray mends from the last checkpoint
+WORKER_RESTARTS = 3  # crashes that Ray mends from the last checkpoint, before the driver looks whether that helps
 UNUSED = {"DatasetsCallback"}  # deals out Ray Datasets; ours are packed files
 UNUSED_ALONE = {"PlacementGroupCleanerCallback"}  # frees what a dead controller held; a cluster of ours dies with it
 
 
+def while_it_gets_further(
+    fit: Callable[[int], BaseException | None], saved_step: Callable[[], int], *, over: Callable[[], bool]
+) -> BaseException | None:
+    """Call `fit(0)`, `fit(1)`, ... until the run is over, or one fit ends without having saved a later step.
+
+    Ray counts the crashes of a fit whatever lies between them, so one fit would end a run of days for a few unrelated
+    ones. A fit that got further has earned another. Returns the last fit's error.
+    """
+    number = 0
+    while True:
+        before = saved_step()
+        error = fit(number)
+        if error is None or over() or saved_step() <= before:
+            return error
+        number += 1
+
+
 def build_trainer(
-    work: Callable[[dict[str, Any]], None], job: dict[str, Any], *, workers: int, cpus: int, gpus: int
+    work: Callable[[dict[str, Any]], None], job: dict[str, Any], *, workers: int, cpus: int, gpus: int, number: int = 0
 ) -> Any:
     """The trainer whose `fit` runs `work(job)` on `workers` workers with `cpus` and `gpus` each.
+
+    `number` counts the fits of one claim.
 
     One worker has nobody to talk to and gets no process group, so that neither this process nor Ray Train's
     controller imports torch.
@@ -47,8 +66,8 @@ def build_trainer(
             resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
         ),
         run_config=ray.train.RunConfig(
-            # A name of its own for every claim: Ray's snapshot of another life is never read (it may be torn).
-            name=f"claim-{job['generation']}",
+            # A name of its own for every fit: Ray's snapshot of another life is never read (it may be torn).
+            name=f"claim-{job['generation']}" + (f".{number}" if number else ""),
             storage_path=str(Path(job["run_dir"]) / ".ray"),
             failure_config=ray.train.FailureConfig(max_failures=WORKER_RESTARTS),
         ),
@@ -64,15 +83,22 @@ def _process_group(gpus: int) -> Any:
 class Fit(threading.Thread):
     """Ray Train's blocking `fit` on a thread, so that the main thread keeps the signals and the terminal."""
 
-    def __init__(self, job: dict[str, Any], workers: int, share: Resources):
+    def __init__(self, job: dict[str, Any], workers: int, share: Resources, number: int = 0):
         super().__init__(name="ray-train", daemon=True)
-        self.job, self.workers, self.share = job, workers, share
+        self.job, self.workers, self.share, self.number = job, workers, share, number
         self.error: BaseException | None = None
 
     def run(self) -> None:
         from orchestrator.worker import work
 
         try:
-            build_trainer(work, self.job, workers=self.workers, cpus=self.share.cpus, gpus=self.share.gpus).fit()
+            build_trainer(
+                work,
+                self.job,
+                workers=self.workers,
+                cpus=self.share.cpus,
+                gpus=self.share.gpus,
+                number=self.number,
+            ).fit()
         except Exception as error:  # the driver decides, by the outcome the workers wrote
             self.error = error

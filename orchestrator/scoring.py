@@ -125,7 +125,9 @@ def _text(
     if data is None:
         from trainers.data.prepare import prepare
 
-        prepared = prepare(trained.config, cache_dir(runs_dir), progress=_progress)
+        prepared = prepare(
+            trained.config, cache_dir(runs_dir), run_dir=trained.checkpoint.parent.parent, progress=_progress
+        )
         return prepared.phases[-1].validation, "its validation text"
     if not data:
         raise UserError("DATA is empty: name a file, a folder, python-stdlib or hf:OWNER/NAME.")

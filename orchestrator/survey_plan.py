@@ -16,7 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.console import count, pairs, size
-from orchestrator.plan import BYTES_PER_VALUE, RunPlan, derive_plan, optimizer_values, steps_per_epoch
+from orchestrator.plan import (
+    BYTES_PER_VALUE,
+    RunPlan,
+    derive_plan,
+    optimizer_values,
+    steps_per_epoch,
+    warmups_beyond_epochs,
+)
 from orchestrator.runs import check_runs_dir, nearest_folder
 from trainers.config import BudgetConfig, RunConfig, ScheduleConfig
 
@@ -195,6 +202,8 @@ def _notes(report: PlanReport) -> Iterator[str]:
         yield "the steps follow from the length of the Hub dataset, which is known once training has downloaded it."
     elif report.plan.disk_bytes > report.free_bytes:
         yield f"the disk has {size(report.free_bytes)} free, and the checkpoints need {size(report.plan.disk_bytes)}."
+    if report.plan is not None:
+        yield from warmups_beyond_epochs(report.config, report.plan.phases)
     if report.config.early_stopping.patience:
         rule = report.config.early_stopping
         yield f"early stopping may end a phase sooner: {rule.patience} evaluations without a better {rule.metric}."

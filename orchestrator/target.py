@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.runs import existing_run, is_run, name_in, read_object, run_folder, run_names, suggestion
+from trainers.budget import phase_steps
 from trainers.config import BudgetConfig, RunConfig, SourceConfig
 from trainers.config_io import build_config, override, read_yaml
 from trainers.errors import ConfigError, UserError
+from trainers.schedules import endless_warmup
 
 DEFAULT_PRESET = "fundamentallm/small"
 CLOCKS = ("steps", "tokens", "epochs")
@@ -74,6 +76,7 @@ def resolve(arguments: list[str], flags: Flags, runs_dir: Path) -> Target:
     config = with_init_from(config, flags.init_from, runs_dir)
     config = with_absolute_paths(config)
     _refuse_runs_among_text(config, runs_dir)
+    notes += _warmup_notes(config)
     return Target(config, start.kind, start.label, tuple(notes))
 
 
@@ -188,7 +191,10 @@ def with_init_from(config: RunConfig, run: str | None, runs_dir: Path) -> RunCon
 
 
 def _initial_run(run: str, runs_dir: Path) -> Path:
-    return _find_run(run, runs_dir) or existing_run(runs_dir, run)
+    try:
+        return _find_run(run, runs_dir) or existing_run(runs_dir, run)
+    except UserError as error:
+        raise UserError(f"--init-from: {error} A run that began from one that is gone goes on by its name.") from error
 
 
 def _find_run(run: str, runs_dir: Path) -> Path | None:
@@ -293,6 +299,16 @@ def _amount(change: str, clock: str, more: str) -> int | float:
             f"{change}: after the '+' comes {whole} above 0, such as +{'0.5' if clock == 'epochs' else 500}."
         )
     return amount
+
+
+def _warmup_notes(config: RunConfig) -> list[str]:
+    """About warm-ups longer than their budget, where that can be told without the text."""
+    found = []
+    for phase in config.resolved_phases():
+        if phase.budget.epochs is None:
+            steps = phase_steps(phase.budget, tokens_per_step=config.tokens_per_step, steps_per_epoch=None)
+            found.append(endless_warmup(phase.schedule, steps))
+    return [note for note in found if note]
 
 
 def _refuse_repeats(changes: list[str]) -> None:

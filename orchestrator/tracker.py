@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.experiment import Experiment, write_identity
+from orchestrator.experiment import Experiment, abandoned, write_identity
 from orchestrator.provenance import describe_environment
 from orchestrator.redaction import redact
 from trainers.record import last_row
@@ -126,6 +126,17 @@ class Tracker:
             self._run.finish(END_STATES[outcome["state"]], reason)
             write_identity(self.experiment, mlflow_ended=True)
         return delivered
+
+    def end_abandoned(self) -> None:
+        """Runs that --fresh passed over and whose drivers were killed do not stay RUNNING; a store that is away does
+        without."""
+        from orchestrator.tracking import TrackingRefused, TrackingUnavailable, close_orphan
+
+        for run_dir in self.experiment.passed_over:
+            run_id = abandoned(run_dir)
+            if run_id is not None and self._store is not None:
+                with contextlib.suppress(TrackingUnavailable, TrackingRefused):
+                    close_orphan(self._store, run_id, "abandoned")
 
     def _end_phases(self, state: str, reason: str) -> None:
         """Each phase as it ended: those before the one the run stands in are done, those behind it have not begun."""

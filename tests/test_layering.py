@@ -168,6 +168,11 @@ def test_the_command_line_loads_nothing_heavy() -> None:
     assert loaded_by("import orchestrator.cli") == set()
 
 
+def test_the_driver_starts_without_torch() -> None:
+    """Its import would delay the first step by seconds; the workers need it, the driver does not."""
+    assert loaded_by("import orchestrator.launch") == {"numpy"}
+
+
 def test_the_bare_loop_says_how_it_is_used_before_it_loads_anything_heavy() -> None:
     helped = "from trainers.__main__ import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    print()"
     assert loaded_by(helped).isdisjoint(HEAVY)

@@ -126,12 +126,13 @@ def identify(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     from trainers.data.prepare import data_hashes
     from trainers.initial import initial_hash
 
-    hashes, start = data_hashes(config, run_dir.parent / ".cache"), initial_hash(config)
+    hashes, start = data_hashes(config, run_dir.parent / ".cache"), initial_hash(config, run_dir)
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "name": run_dir.name,
         "fingerprint": fingerprint(config, hashes, start),
         "fields": fingerprint_fields(config, hashes, start),
+        "init_from": config.init_from,
     }
 
 
@@ -143,7 +144,14 @@ def settle(config: RunConfig, identity: dict[str, Any], ctx: LocalContext) -> No
     """
     from trainers.config_io import differences, dump_yaml
     from trainers.errors import ConfigError
-    from trainers.identity import IDENTITY, only_more_budget, refuse_rewritten_past, stored_identity
+    from trainers.identity import (
+        IDENTITY,
+        only_more_budget,
+        read_json,
+        refuse_more_after_early_stopping,
+        refuse_rewritten_past,
+        stored_identity,
+    )
 
     stored, fields = stored_identity(ctx.run_dir, "move it away or choose another --run-dir."), identity["fields"]
     if stored is not None:
@@ -153,6 +161,9 @@ def settle(config: RunConfig, identity: dict[str, Any], ctx: LocalContext) -> No
                 f"{ctx.run_dir} holds a run with another configuration (left: the run, right: this command):\n"
                 f"  {changed}\nChoose another --run-dir, or repeat the run's own settings to continue it."
             )
+        if stored["fields"] != fields:
+            outcome = read_json(ctx.run_dir / OUTCOME)
+            refuse_more_after_early_stopping(ctx.run_dir.name, outcome, f"init_from={ctx.run_dir}")
         refuse_rewritten_past(config, stored["fields"], fields)
         identity = {**identity, **stored, "fingerprint": identity["fingerprint"], "fields": fields}
     if ctx.rank == 0:

@@ -50,6 +50,12 @@ def stored_identity(run_dir: Path, way_out: str) -> dict[str, Any] | None:
     return stored
 
 
+def saved_step(run_dir: Path) -> int:
+    """The step of the newest checkpoint that stands there, sound or not; 0 where there is none."""
+    names = (path.name.removeprefix("step-") for path in (run_dir / "checkpoints").glob("step-*"))
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
 def only_more_budget(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """The same run but for a larger budget, counted in the same unit; both are `fingerprint_fields`."""
     changed = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
@@ -60,6 +66,15 @@ def only_more_budget(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
         and new[key] > old[key]
         for key in changed
     )
+
+
+def refuse_more_after_early_stopping(name: str, outcome: Mapping[str, Any] | None, start: str) -> None:
+    """ConfigError where the run `name` was ended by early stopping; `start` says how to begin from its weights."""
+    if outcome and outcome.get("reason") == "early_stopping":
+        raise ConfigError(
+            f"run {name!r} was ended by early stopping, not by its budget, so a larger budget changes nothing. "
+            f"Start a new run from its weights: {start} early_stopping.patience=0."
+        )
 
 
 def refuse_rewritten_past(config: RunConfig, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

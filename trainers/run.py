@@ -18,6 +18,7 @@ from trainers.collective import collective
 from trainers.config import ModelConfig, RunConfig
 from trainers.context import RunContext
 from trainers.data.prepare import prepare
+from trainers.data.tokenizers import save_once
 from trainers.data.types import Batch
 from trainers.devices import check_precision, resolve_device
 from trainers.engine import TorchEngine, Update
@@ -57,7 +58,7 @@ class Run:
             torch.cuda.set_device(self.device)
         self.peers = collective(ctx.world_size)
 
-        self.data = prepare(config, ctx.cache_dir)
+        self.data = prepare(config, ctx.cache_dir, run_dir=ctx.run_dir)
         torch.manual_seed(stream_seed(config.seed, "model"))
         self.model = build(config.model, self.data.tokenizer.vocab_size)
         seed_everything(config.seed, ctx.rank)
@@ -105,7 +106,7 @@ class Run:
         elif self.config.init_from is not None:
             self._start_from(Path(self.config.init_from))
         if self.rank == 0:
-            self.data.tokenizer.save(self.ctx.run_dir / "tokenizer")
+            save_once(self.data.tokenizer, self.ctx.run_dir / "tokenizer")
             self.record = MetricsRecord(
                 self.ctx.run_dir / "metrics.jsonl",
                 self.ctx.guard,
@@ -140,6 +141,8 @@ class Run:
 
     def _start_from(self, run_dir: Path) -> None:
         """Weights of a finished run; everything else is new."""
+        if self.rank == 0 and (unknown := self.data.report["tokenizer"].get("unknown")):
+            self.ctx.note(unknown)
         source = initial_checkpoint(run_dir)
         self.engine.load({"model": source.load("model")}, {}, optimizer=False)
 

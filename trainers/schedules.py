@@ -54,6 +54,17 @@ def _interval(schedule: ScheduleConfig, steps_per_epoch: int | None) -> float:
     return schedule.step_size * steps_per_epoch
 
 
+def endless_warmup(schedule: ScheduleConfig, total_steps: int) -> str | None:
+    """A sentence for the person where a phase of `total_steps` updates ends before its warm-up does; else None."""
+    if schedule.warmup_steps <= total_steps:
+        return None
+    return (
+        f"schedule.warmup_steps ({schedule.warmup_steps:,}) is more than the {total_steps:,} steps of the budget: the "
+        f"learning rate ends at {total_steps / schedule.warmup_steps:.0%} of optim.lr. Lower schedule.warmup_steps or "
+        f"raise the budget."
+    )
+
+
 def budget_can_grow(schedule: ScheduleConfig) -> tuple[bool, str]:
     """Whether a run under `schedule` may get a larger budget, and the reason to show where it may not.
 

@@ -321,6 +321,18 @@ def test_init_from_is_the_folder_of_the_run(capsys: pytest.CaptureFixture[str]) 
     assert shown(capsys, "fundamentallm/tiny", "--init-from", "mine")["init_from"] == str(folder.absolute())
 
 
+def test_a_warm_up_beyond_the_budget_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    warm = ["fundamentallm/tiny", "budget.steps=50"]
+    for steps, expected in (("200", "ends at 25% of optim.lr"), ("50", "")):
+        assert main(["show", *warm, f"schedule.warmup_steps={steps}"]) == DONE
+        said = capsys.readouterr().err
+        assert expected in said and bool(said) is bool(expected)
+    epochs = ["fundamentallm/tiny", "--data", "text.txt", "budget.epochs=1"]
+    for steps in ("20000", "1"):
+        assert main(["plan", *epochs, f"schedule.warmup_steps={steps}"]) == DONE
+        assert ("ends at" in capsys.readouterr().out) is (steps == "20000")
+
+
 def test_train_hands_over_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """The seam to the driver, without starting one."""
     import types

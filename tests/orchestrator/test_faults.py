@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.ray_trainer import WORKER_RESTARTS
 from orchestrator.worker import no_accident
 from tests.orchestrator.episodes import kill_driver, kill_workers, lock_store, stop
 from tests.orchestrator.faults import (
@@ -38,6 +39,13 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 def test_killing_a_worker_is_invisible(place: Place, two_workers: Ending) -> None:
     """Twice in one run, the second time the other rank."""
     kill_workers(place, "worker-killed", [(50, 1), (130, 0)], two_workers)
+
+
+@pytest.mark.slow
+def test_crashes_that_lie_apart_are_all_mended(place: Place, two_workers: Ending) -> None:
+    """More of them than Ray mends in a row."""
+    kills = [(30 + 40 * index, index % 2) for index in range(WORKER_RESTARTS + 2)]
+    kill_workers(place, "often-killed", kills, two_workers)
 
 
 def test_killing_the_driver_is_invisible(place: Place, two_workers: Ending) -> None:

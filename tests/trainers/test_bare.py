@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from tests.trainers.crash import ending as left
 from trainers.__main__ import main
 from trainers.config import RunConfig
 from trainers.config_io import build_config, dump_yaml, fingerprint_fields, override
@@ -86,6 +88,61 @@ def test_weights_of_another_architecture_are_refused(config: Path, capsys: pytes
     assert "model.n_layers: 1 there, 2 here" in capsys.readouterr().err
     assert not (config.parent / "new").exists()
     assert bare(config, start, run="new") == 0
+
+
+def test_a_run_that_has_begun_needs_the_one_it_came_from_no_more(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither its weights nor its tokenizer: the bits are those of a run whose source stayed."""
+    assert bare(config) == 0
+    start, source = f"init_from={config.parent / 'run'}", config.parent / "run"
+    assert bare(config, start, "budget.steps=6", "checkpoint.every_steps=3", run="whole") == 0
+    assert bare(config, start, "budget.steps=3", "checkpoint.every_steps=3", run="child") == 0
+    assert bare(config, "budget.steps=5") == 0  # the source trains on: its newest weights are others now
+    assert bare(config, start, "budget.steps=4", "checkpoint.every_steps=3", run="child") == 0
+    shutil.rmtree(source)
+    shutil.rmtree(config.parent / ".cache")
+    assert bare(config, start, "budget.steps=6", "checkpoint.every_steps=3", run="child") == 0
+    child, whole = (left(config.parent / name, 0) for name in ("child", "whole"))
+    assert child.tensors == whole.tensors
+    assert bare(config, "budget.steps=6", run="scratch") == 0
+    assert left(config.parent / "scratch", 0).tensors != whole.tensors
+    capsys.readouterr()
+    assert bare(config, start, run="never-begun") == 2
+    assert "no sound checkpoint" in capsys.readouterr().err
+
+
+def test_text_unknown_to_the_initial_tokenizer_is_told_and_too_much_is_refused(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bare(config) == 0
+    start, known = f"init_from={config.parent / 'run'}", (config.parent / "text.txt").read_text()
+
+    def begin(name: str, text: str) -> int:
+        (config.parent / f"{name}.txt").write_text(text)
+        return bare(config, start, f"data.sources=[{{corpus: '{config.parent / name}.txt'}}]", run=name)
+
+    def told(name: str) -> bool:
+        events = config.parent / name / "logs" / "events.jsonl"
+        return events.exists() and "unknown to the tokenizer" in events.read_text()
+
+    assert begin("same", known) == 0 and not told("same")
+    assert begin("few", known.replace("beer", "bier ä")) == 0 and told("few")
+    capsys.readouterr()
+    assert begin("many", known.replace("e", "ä")) == 2
+    said = capsys.readouterr().err
+    assert "unknown to the tokenizer" in said and "%" in said and "from scratch" in said
+
+
+def test_early_stopping_is_not_undone_by_a_larger_budget(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    worse = ["optim.lr=3.0", "optim.clip_norm=null", "evaluation.every_epochs=null", "evaluation.every_steps=1"]
+    worse += ["early_stopping.patience=2", "schedule.kind=constant"]
+    assert bare(config, *worse, "budget.steps=40") == 0
+    assert ending(config)["reason"] == "early_stopping"
+    assert bare(config, *worse, "budget.steps=80") == 2
+    assert "early stopping" in capsys.readouterr().err
+    assert ending(config)["reason"] == "early_stopping"
+    assert bare(config, *worse, "budget.steps=40") == 0  # the same command is no other
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from trainers.config import ScheduleConfig
 from trainers.errors import ConfigError
-from trainers.schedules import budget_can_grow, lr_at
+from trainers.schedules import budget_can_grow, endless_warmup, lr_at
 
 KINDS = ("constant", "linear", "cosine", "step", "inverse_sqrt", "wsd")
 LR = 3e-4
@@ -97,3 +97,9 @@ def test_a_budget_may_grow_exactly_where_the_curve_so_far_stays(kind: str) -> No
     unchanged = curve(100, kind=kind, warmup_steps=5) == curve(160, kind=kind, warmup_steps=5)[:100]
     assert allowed == unchanged
     assert bool(reason) == (not allowed) and (allowed or kind in reason)
+
+
+@given(st.integers(0, 300), st.integers(1, 300))
+def test_a_warm_up_that_never_ends_is_told_and_no_other(warmup_steps: int, total: int) -> None:
+    note = endless_warmup(ScheduleConfig(kind="constant", warmup_steps=warmup_steps), total)
+    assert (note is None) is (max(curve(total, kind="constant", warmup_steps=warmup_steps)) == LR)

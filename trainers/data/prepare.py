@@ -19,12 +19,14 @@ from trainers.data.stream import StreamedSource, open_stream, validation_documen
 from trainers.data.survey import DataSurvey, survey
 from trainers.data.tokenizer_cache import cached_tokenizer, tokenizer_folder
 from trainers.data.types import PhaseData, PreparedData, Tokenizer
-from trainers.initial import initial_tokenizer
+from trainers.initial import initial_tokenizer, unknown_note, unknown_share
 
 __all__ = ["DataSurvey", "data_hashes", "prepare", "survey"]
 
 
-def prepare(config: RunConfig, cache_dir: Path | str, *, progress: Progress = silent) -> PreparedData:
+def prepare(
+    config: RunConfig, cache_dir: Path | str, *, run_dir: Path | None = None, progress: Progress = silent
+) -> PreparedData:
     """The tokenizer and the packed text of every phase, built where the cache does not hold them.
 
     One tokenizer serves all phases; it is trained on the union of their training text. Without weights the sources of
@@ -32,12 +34,14 @@ def prepare(config: RunConfig, cache_dir: Path | str, *, progress: Progress = si
     each source. A second call finds everything by the hash of the text. Safe in several processes at once.
 
     Args:
+        run_dir: the run's own folder, whose tokenizer counts where it has begun from `init_from`
         progress: called at least every 2 s with (done bytes, total bytes or 0, what)
     Raises:
         DataError: text that cannot be read, is too short or has no part to hold out; a full disk.
-        ConfigError: phases that would train on each other's validation text.
+        ConfigError: phases that would train on each other's validation text; text that the tokenizer of `init_from`
+            does not know.
     """
-    preparation = _Preparation(config, Path(cache_dir), progress)
+    preparation = _Preparation(config, Path(cache_dir), run_dir, progress)
     return preparation.run(open_phases(config, preparation.opened))
 
 
@@ -63,14 +67,15 @@ def _file_hashes(cache_dir: Path | str | None) -> FileHashes:
 class _Preparation:
     """One call of `prepare`."""
 
-    def __init__(self, config: RunConfig, cache_dir: Path, progress: Progress) -> None:
+    def __init__(self, config: RunConfig, cache_dir: Path, run_dir: Path | None, progress: Progress) -> None:
         self.opened = Opened(_file_hashes(cache_dir), progress)
-        self._config, self._cache_dir, self._progress = config, cache_dir, progress
+        self._config, self._cache_dir, self._run_dir, self._progress = config, cache_dir, run_dir, progress
 
     def run(self, phases: Sequence[Sequence[Source]]) -> PreparedData:
         tokenizer, trained_on = self._tokenizer(phases)
         named = self._config.resolved_phases()
         data = tuple(self._phase(phase, sources, tokenizer) for phase, sources in zip(named, phases, strict=True))
+        unknown = self._unknown(tokenizer, data)
         report = {
             "tokenizer": {
                 "kind": tokenizer.kind,
@@ -78,6 +83,7 @@ class _Preparation:
                 "vocab_size_wanted": self._config.tokenizer.vocab_size,
                 "fingerprint": tokenizer.fingerprint,
                 "trained_on_bytes": trained_on,
+                **({"unknown": unknown} if unknown else {}),
             },
             "phases": [
                 {"name": phase.name, **_phase_report(sources, one)}
@@ -87,7 +93,7 @@ class _Preparation:
         return PreparedData(tokenizer, data, report)
 
     def _tokenizer(self, phases: Sequence[Sequence[Source]]) -> tuple[Tokenizer, int]:
-        given = initial_tokenizer(self._config)
+        given = initial_tokenizer(self._config, self._run_dir)
         if given is not None:
             return given, 0
         sources = distinct_sources(phases)
@@ -96,6 +102,14 @@ class _Preparation:
             for phase, members in zip(self._config.resolved_phases(), phases, strict=True):
                 self._refuse_hopeless(phase, members)
         return cached_tokenizer(self._config.tokenizer, sources, self.opened, folder)
+
+    def _unknown(self, tokenizer: Tokenizer, phases: Sequence[PhaseData]) -> str | None:
+        """A sentence about text that the tokenizer of `init_from` does not know; ConfigError where it is too much."""
+        if self._config.init_from is None:
+            return None
+        packed = (one for phase in phases for one in (*phase.sources, phase.validation))
+        texts = (one.tokens for one in packed if isinstance(one, PackedTokens))
+        return unknown_note(self._config, unknown_share(tokenizer, texts))
 
     def _refuse_hopeless(self, phase: Phase, sources: Sequence[Source]) -> None:
         """Before any work: no tokenizer makes more tokens than there are bytes and documents."""

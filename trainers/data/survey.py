@@ -22,7 +22,7 @@ from trainers.data.sources import refuse_leaks
 from trainers.data.splits import Extent
 from trainers.data.tokenizers import SPECIALS, ByteTokenizer, count_characters, train_tokenizer
 from trainers.data.types import Tokenizer
-from trainers.initial import initial_tokenizer
+from trainers.initial import initial_tokenizer, unknown_note, unknown_share
 
 WHOLE_BYTES = 110_000_000  # of text, over all sources: so much is read whole, in some seconds
 MEASURED_CHUNKS = 128  # 2 MB, encoded where the tokenizer exists already
@@ -188,6 +188,7 @@ class _Survey:
         given = initial_tokenizer(self._config)
         if given is not None:
             self._notes.append(f"the tokenizer ({given.vocab_size:,} tokens) is that of {self._config.init_from}.")
+            self._say_unknown(given, looked)
             return self._given(given, looked)
         if config.kind == "characters":
             return self._characters(looked)
@@ -221,8 +222,14 @@ class _Survey:
             return _Tokens(tokenizer.vocab_size, _bytes_per_character(looked), exact=whole, per="character")
         return self._measured(tokenizer, looked)
 
+    def _say_unknown(self, tokenizer: Tokenizer, looked: Sequence[_Looked]) -> None:
+        """A note about text that the tokenizer of `init_from` does not know; ConfigError where it is too much."""
+        share = unknown_share(tokenizer, tokenizer.encode_batch(_beginnings(looked)))
+        if note := unknown_note(self._config, share):
+            self._notes.append(note)
+
     def _measured(self, tokenizer: Tokenizer, looked: Sequence[_Looked]) -> _Tokens:
-        texts = [text for one in looked if one.corpus for text in islice(_begin(one.corpus), MEASURED_CHUNKS)]
+        texts = _beginnings(looked)
         n_tokens = sum(map(len, tokenizer.encode_batch(texts)))
         ratio = sum(map(utf8_length, texts)) / n_tokens if n_tokens else assumed_bytes_per_token(tokenizer.vocab_size)
         self._notes.append(
@@ -253,6 +260,11 @@ class _Tokens:
         text = chars if self.per == "character" else n_bytes / self.bytes_per_token
         endings = documents if several or extent.n_documents > 1 else 0
         return round((text + endings) * looked.corpus.factor)
+
+
+def _beginnings(looked: Sequence[_Looked]) -> list[str]:
+    """The first stretches of the sources, 16 K characters each."""
+    return [text for one in looked if one.corpus for text in islice(_begin(one.corpus), MEASURED_CHUNKS)]
 
 
 def assumed_bytes_per_token(vocab_size: int) -> float:

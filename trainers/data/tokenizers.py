@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,14 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     if tokenizer.fingerprint != manifest.get("fingerprint"):
         raise DataError(f"{directory}: the tokenizer was changed after it was saved. Restore the folder.")
     return tokenizer
+
+
+def save_once(tokenizer: Tokenizer, directory: Path) -> None:
+    """Save, unless the tokenizer stands there already: what is there is not torn by a kill."""
+    with suppress(DataError):
+        if load_tokenizer(directory).fingerprint == tokenizer.fingerprint:
+            return
+    tokenizer.save(directory)
 
 
 def _load_kind(kind: Any, directory: Path) -> Tokenizer:

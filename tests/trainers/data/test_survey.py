@@ -121,12 +121,14 @@ def test_a_run_that_starts_from_another_has_its_tokenizer(
     wanted = {"vocab_size": 300} if kind == "bpe" else {}
     first = prepare(config(sources[0], kind=kind, **wanted), tmp_path / "cache")
     first.tokenizer.save(tmp_path / "run" / "tokenizer")
-    (tmp_path / "other.txt").write_text("ÄÖÜ and the 7 zebras\n" * 400)
+    (tmp_path / "other.txt").write_text("Ä zebra on the wall with 7 bottles in it is the best\n" * 400)
     other = config(SourceConfig(corpus=str(tmp_path / "other.txt")), kind=kind, **wanted)
     new = other.model_copy(update={"init_from": str(tmp_path / "run")})
     before, found = survey(new), prepare(new, tmp_path / "cache")
     assert before.vocab_size == found.tokenizer.vocab_size == first.tokenizer.vocab_size
     assert before.exact is (kind != "bpe")
+    assert any("5.7% of the text is unknown" in note for note in before.notes) is (kind == "characters")
+    assert ("unknown" in found.report["tokenizer"]) is (kind == "characters")
     near = 0.02 if kind == "bpe" else 0
     assert before.phases[0].total_train_tokens == pytest.approx(len(found.phases[0].sources[0]), rel=near)
     if kind == "characters":
