@@ -152,8 +152,11 @@ class Cost:
 
     @property
     def overhead(self) -> float | None:
-        """Wall time over the ideal, 1 at best; None before anything trained."""
-        return self.wall_s / self.ideal_s if self.ideal_s > 0 else None
+        """Wall time over the ideal, 1 at best; None before anything trained, or where part of the wall time is unknown.
+
+        A command that was killed could not note how long it took.
+        """
+        return self.wall_s / self.ideal_s if 0 < self.ideal_s <= self.wall_s else None
 
 
 def cost(results: SweepResults) -> Cost:

@@ -35,7 +35,7 @@ class TrialResult:
     config: Mapping[str, str] = field(default_factory=dict)
     """dotted path -> value of the whole resolved configuration, as text"""
     objectives: tuple[float, ...] = ()
-    """what the searcher was told, the first being the one that ranks"""
+    """what the searcher was told of the point, the first being the one that ranks"""
     curve: Curve = ()
     """of the first objective's metric"""
     tokens: int = 0
@@ -46,6 +46,7 @@ class TrialResult:
     end_s: float | None = None
     """seconds since the epoch"""
     precision: str = ""
+    """as searched, such as int8; else the arithmetic it computed in"""
     run_id: str = ""
     run_path: str = ""
 
@@ -110,14 +111,18 @@ class PointResult:
 
     @cached_property
     def spread(self) -> float | None:
-        """Sample standard deviation (n - 1) of the first objective over the seeds; None for fewer than two."""
+        """Sample standard deviation (n - 1) of `values`; None for fewer than two."""
         values = self.values
         return statistics.stdev(values) if len(values) > 1 else None
 
     @property
     def values(self) -> tuple[float, ...]:
-        """The first objective of each seed that told one."""
-        return () if self.failed else tuple(trial.told[0] for trial in self.trials if trial.told)
+        """The first objective of each seed, at the last evaluation that all of them had."""
+        if self.failed:
+            return ()
+        if self.curve:
+            return tuple(dict(trial.curve)[self.curve[-1][0]] for trial in self.trials)
+        return tuple(trial.told[0] for trial in self.trials if trial.told)
 
     @cached_property
     def curve(self) -> Curve:
@@ -174,8 +179,6 @@ class SweepResults:
     wall_s: float = 0.0
     train_s: float = 0.0
     tokens: int = 0
-    best_so_far: tuple[tuple[int, float], ...] = ()
-    """(number of ended points, best objective), as logged"""
     notes: tuple[str, ...] = ()
     """what could not be read, in sentences"""
 

@@ -19,6 +19,7 @@ from orchestrator.sweeps.results import Curve, PointResult, SweepResults, TrialR
 from orchestrator.sweeps.settings import Objective
 from orchestrator.tracked import StoredRun, children_of, existing_store, is_tracked, metric_history, runs_of_kind
 from orchestrator.tracking import STOP_REASON, Store
+from search_spaces.trial import PRECISION
 from trainers.errors import UserError
 
 NUMBER = re.compile(r"t(\d+)(?:-s\d+)?")
@@ -77,7 +78,6 @@ def results_of(store: Store, sweep: StoredRun) -> SweepResults:
         wall_s=finite.get("sweep/wall_s", (sweep.end_s or time.time()) - sweep.start_s),
         train_s=finite.get("sweep/train_s", sum(trial.train_s for trial in trials)),
         tokens=int(finite.get("sweep/tokens", sum(trial.tokens for trial in trials))),
-        best_so_far=tuple(metric_history(store, sweep.run_id, "sweep/best")) if "sweep/best" in metrics else (),
         notes=tuple(dict.fromkeys(notes)),
     )
 
@@ -100,14 +100,14 @@ def _trial(store: Store, run: StoredRun, metric: str, notes: list[str]) -> Trial
     tags, metrics = run.tags, run.metrics
     name = tags.get("trial", run.name)
     number = NUMBER.fullmatch(name)
-    config = _current(run)
+    config, params = _current(run), _json(tags, "trial.params", dict, notes)
     rates = [rate for _, rate in _history(store, run, "perf/tokens_per_s") if math.isfinite(rate)]
     return TrialResult(
         name=name,
         point=_whole(tags.get("trial.point"), int(number[1]) if number else -1),
         seed_index=_whole(tags.get("trial.seed_index"), 0),
         state=_state(run),
-        params=_json(tags, "trial.params", dict, notes),
+        params=params,
         config=config,
         objectives=_told(metrics),
         curve=_curve(store, run, metric),
@@ -116,7 +116,7 @@ def _trial(store: Store, run: StoredRun, metric: str, notes: list[str]) -> Trial
         peak_gib=_finite(metrics.get("mem/peak_gib"), math.nan),
         train_s=_finite(metrics.get("sweep/train_s"), 0.0),
         end_s=run.end_s,
-        precision=tags.get("precision", config.get("precision.compute", "")),
+        precision=str(params.get(PRECISION) or tags.get("precision") or config.get("precision.compute", "")),
         run_id=run.run_id,
         run_path=tags.get("run_path", ""),
     )
