@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from random import Random
 
 from search_spaces.domains import Choice, Domain, Float, Int, Value, same
+from search_spaces.held import why_held
 from search_spaces.precisions import PRECISIONS, Device, refusal
 from search_spaces.space import Axis, Space
 from search_spaces.trial import PRECISION, SHAPE, SHARE, places, shared_phase, trial_config
@@ -17,34 +17,6 @@ from trainers.errors import ConfigError
 
 GRID = 128  # a grid of at most so many combinations is built whole (some 0.5 ms each) ...
 SAMPLES = 48  # ... and of a larger space so many random ones
-
-_TEXT = "trials are compared on equal text"
-_TOKENS = "trials are compared at equal tokens"
-_SCORING = "trials are compared by the same scoring"
-_SPEED = "it changes speed, not the result; set it as an override"
-_RECORD = "it does not change the result; set it as an override"
-
-# What must not be searched: (paths, why). A phase's paths follow the run's.
-HELD: tuple[tuple[str, str], ...] = (
-    (r"preset", "it is a label"),
-    (r"seed", "the best seed is luck; repeat every point over several seeds instead (--seeds 3)"),
-    (r"(workers|device|compile|deterministic|model\.activation_checkpointing)", _SPEED),
-    (r"init_from", "all trials must start from the same weights"),
-    (r"tokenizer(\..+)?", "a loss per token means something else under every tokenizer"),
-    (r"model\.vocab_size", "it belongs to the tokenizer, which all trials share"),
-    (r"data\.sources\.\d+\.weight", ""),  # a mixture's weights may be searched
-    (r"data\.(sources|validation|stream_block|stream_validation_documents)(\..+)?", _TEXT),
-    (r"batch\.tokens", "search batch.sequences instead, the one name of the batch size in every sweep"),
-    (r"batch\.micro_sequences", "it is what memory allows, found once and the same for all; search batch.sequences"),
-    (r"budget\.share", ""),  # of a phase; the total stays equal
-    (r"budget(\..+)?", f"{_TOKENS}; with several phases, phases.NAME.budget.share moves tokens between them"),
-    (r"(evaluation|early_stopping)(\..+)?", _SCORING),
-    (r"(checkpoint|logging|samples)(\..+)?", _RECORD),
-    (r"precision\..+", f"search {PRECISION} instead, whose values are {', '.join(PRECISIONS)}"),
-    (r"name", "it is a label"),
-)
-# What the weights of `init_from` leave open; the rest of the model is theirs.
-_FREE_OF_INITIAL_WEIGHTS = {"model.dropout", "model.dropout_positions", "model.init_std"}
 
 
 def check(space: Space, config: RunConfig, device: Device) -> None:
@@ -72,7 +44,7 @@ def check(space: Space, config: RunConfig, device: Device) -> None:
 
 
 def _axis_problems(axis: Axis, space: Space, config: RunConfig, device: Device) -> list[str]:
-    held = _held(axis.path, config)
+    held = why_held(axis.path, config)
     found = [f"must not be searched: {held}."] if held else _path_problems(axis.path, config)
     found += axis.domain.problems()
     found += _condition_problems(axis, space)
@@ -92,31 +64,6 @@ def _path_problems(path: str, config: RunConfig) -> list[str]:
     except ConfigError as error:
         return [str(error).removeprefix(f"{path}: ")]
     return []
-
-
-def _held(path: str, config: RunConfig) -> str:
-    """Why `path` must be the same in every trial; empty where it may be searched."""
-    phase = re.fullmatch(r"phases\.\d+\.(?P<rest>.+)", places(path, config)[0])
-    plain = "budget.share" if SHARE.fullmatch(path) else phase["rest"] if phase else path
-    if config.init_from and plain.startswith("model.") and plain not in _FREE_OF_INITIAL_WEIGHTS:
-        return f"the weights of {config.init_from} (init_from) fix the model's architecture"
-    for pattern, why in HELD:
-        if re.fullmatch(pattern, plain) and not (pattern == "name" and phase is None):
-            return why
-    return _without_effect(plain, config) if phase is None else ""
-
-
-def _without_effect(path: str, config: RunConfig) -> str:
-    """Why a value of the run changes nothing; empty where it counts for at least one phase."""
-    section, _, field = path.partition(".")
-    if not config.phases:
-        return ""
-    if section in ("data", "optim", "schedule"):
-        silent = all(getattr(phase, section) is not None for phase in config.phases)
-    else:
-        silent = section == "model" and all(getattr(phase.model, field, None) is not None for phase in config.phases)
-    own = ", ".join(f"phases.{phase.name}.{path}" for phase in config.phases)
-    return f"every phase has its own, so the run's changes nothing; search {own}" if silent else ""
 
 
 def _condition_problems(axis: Axis, space: Space) -> list[str]:

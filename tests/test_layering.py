@@ -48,6 +48,9 @@ KNOWN_TO_SPACES = ("trainers.config", "trainers.errors", "trainers.presets", "tr
 # the only file of trainers/data that may import torch at run time: text is prepared without it
 DATA_WITH_TORCH = "trainers/data/loader.py"
 
+# the only file of orchestrator that knows the package cluster, and only when something is submitted
+EDGE = "orchestrator/verbs/cluster.py"
+
 
 class Import(NamedTuple):
     module: str
@@ -94,6 +97,8 @@ def violations(path: str, source: str) -> list[str]:
             (package == "trainers" and top in OPTIONAL and not lazy, f"{top} is optional: import it in a function"),
             (data and top == "torch" and not typing, f"of trainers/data only {DATA_WITH_TORCH} imports torch"),
             (plain and top in ("torch", "numpy"), f"{path} is plain: no {top}"),
+            (package == "orchestrator" and top == "cluster" and (path != EDGE or not lazy),
+             f"the edge to cluster is {EDGE}, inside functions"),
             (package == "search_spaces" and top == "trainers" and not module.startswith(KNOWN_TO_SPACES),
              f"search_spaces knows of trainers only {KNOWN_TO_SPACES}"),
         ]  # fmt: skip
@@ -142,6 +147,12 @@ def test_every_file_keeps_to_its_room() -> None:
         ("search_spaces/space.py", "import trainers", True),
         ("cluster/submit.py", "from orchestrator import cli", True),
         ("cluster/submit.py", "from ray.job_submission import JobSubmissionClient", False),
+        ("cluster/parcel.py", "from cluster.errors import SubmissionError", False),
+        ("orchestrator/verbs/cluster.py", "def f():\n    from cluster.submit import Cluster", False),
+        ("orchestrator/verbs/cluster.py", "from cluster.submit import Cluster", True),
+        ("orchestrator/verbs/cluster.py", "import cluster", True),
+        ("orchestrator/launch.py", "def f():\n    from cluster.submit import Cluster", True),
+        ("orchestrator/cli.py", "from orchestrator.verbs import cluster", False),
     ],
 )
 def test_the_rules_refuse_what_breaks_them(path: str, source: str, refused: bool) -> None:
@@ -162,6 +173,11 @@ def test_configuration_loads_nothing_heavy() -> None:
     modules = ", ".join(f"trainers.{name}" for name in PLAIN)
     assert loaded_by(f"import {modules}") == set()
     assert loaded_by(f"import {modules}, numpy") == {"numpy"}
+
+
+def test_search_spaces_load_nothing_heavy() -> None:
+    rooms = [file.stem for file in (ROOT / "search_spaces").glob("*.py") if file.stem != "__init__"]
+    assert loaded_by("import " + ", ".join(f"search_spaces.{room}" for room in rooms)) == set()
 
 
 def test_the_command_line_loads_nothing_heavy() -> None:
