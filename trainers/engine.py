@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainers.config import OptimConfig, PrecisionConfig
@@ -46,6 +47,7 @@ class TorchEngine:
 
     An update whose loss or gradient is not finite on any rank leaves weights and moments untouched on all of them:
     a bad loss makes its gradients NaN, the all-reduce carries those to every rank, so every rank finds the same norm.
+    Under fp16 a finite loss whose gradients overflow is no incident: it halves the loss scale.
     On the CPU (and MPS) the host decides. On CUDA the fused optimizer decides on the device and the host never waits
     for it; only rmsprop, which has no fused kernel, waits at every update.
     """
@@ -68,6 +70,7 @@ class TorchEngine:
         self.world_size = world_size
         self.precision = precision
         self.scaler = LossScaler(device) if precision.compute == "fp16" else None
+        self._bad_loss = torch.tensor(False, device=device)  # of any micro-batch since the last update; fp16 only
         self._ddp = data_parallel(model, device) if world_size > 1 else None
         self._forward: nn.Module = self._ddp or model
         if compile:
@@ -109,6 +112,7 @@ class TorchEngine:
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`; to be called inside micro_batch. A non-finite loss makes them NaN."""
         if self.scaler is not None:
+            self._bad_loss = self._bad_loss | ~torch.isfinite(loss.detach())
             loss = self.scaler.scaled(loss)
         # 1 for a finite loss, NaN otherwise: an infinite loss can have finite gradients, and other ranks see only those
         seed = loss.detach() * 0.0 + 1.0
@@ -137,14 +141,11 @@ class TorchEngine:
         return torch.nn.utils.clip_grad_norm_(self._parameters, limit)
 
     def _step_on_host(self, norm: Tensor) -> bool:
-        overflowed = ~torch.isfinite(norm)
-        skipped = bool(overflowed)
+        left_out = ~torch.isfinite(norm)
+        skipped = bool(left_out)
         if not skipped:
             self.optimizer.step()
-        if self.scaler is None:
-            self.incidents.record(skipped)
-        else:  # an overflow is how the scale finds its place, not an incident
-            self.scaler.update(overflowed)
+        self._count(left_out)
         return skipped
 
     def _step_on_device(self, norm: Tensor) -> Tensor:
@@ -155,11 +156,21 @@ class TorchEngine:
         else:  # the fused kernels leave everything as it is where found_inf is 1, as under torch.amp.GradScaler
             self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
             self.optimizer.step()
+        self._count(skipped)
+        return skipped
+
+    def _count(self, skipped: Tensor) -> None:
+        """An incident, or under fp16 an overflow under a finite loss: that is how the scale finds its place."""
         if self.scaler is None:
             self.incidents.record(skipped)
-        else:
-            self.scaler.update(skipped)
-        return skipped
+            return
+        bad_loss, self._bad_loss = self._bad_loss, torch.zeros_like(self._bad_loss)
+        if self.world_size > 1:  # the ranks' gradients are one sum, and so must be their verdict
+            votes = bad_loss.to(torch.int32)
+            dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+            bad_loss = votes.bool()
+        self.incidents.record(bad_loss)
+        self.scaler.update(skipped & ~bad_loss, counted=~bad_loss)
 
     # ---- incidents ------------------------------------------------------------------------------
 

@@ -49,10 +49,13 @@ class LossScaler:
         """Divide the gradients by the scale in place (exactly: the scale is a power of two)."""
         torch._foreach_mul_(gradients, self.scale.reciprocal())
 
-    def update(self, overflowed: Tensor) -> None:
-        """Take in whether (bool scalar on the device) this update's gradients overflowed."""
+    def update(self, overflowed: Tensor, *, counted: Tensor | bool = True) -> None:
+        """Take in whether (bool scalar on the device) this update's gradients overflowed.
+
+        An update that is not `counted` was left out for another reason, and says nothing about the scale.
+        """
         self.exhausted = self.exhausted | (overflowed & (self.scale <= self.FLOOR))
-        good = torch.where(overflowed, torch.zeros_like(self.good_updates), self.good_updates + 1)
+        good = torch.where(overflowed, torch.zeros_like(self.good_updates), self.good_updates + counted)
         grow = good >= self.growth_interval
         factor = torch.where(overflowed, 0.5, torch.where(grow, 2.0, 1.0))
         self.scale = (self.scale * factor).clamp(self.FLOOR, self.CEILING)

@@ -262,6 +262,23 @@ def test_under_fp16_an_overflow_lowers_the_scale_and_is_no_incident() -> None:
     assert not same(everything(engine), before)
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+def test_under_fp16_a_bad_loss_is_an_incident_and_says_nothing_about_the_scale(on_device: bool) -> None:
+    """With the counters of an accelerator too, whose arithmetic is the same."""
+    engine = build(compute="fp16")
+    assert engine.scaler is not None
+    if on_device:
+        engine.incidents = DeviceIncidents(CPU)
+    run_step(engine, 1)
+    before, scale = everything(engine), engine.scaler.state()
+    for bad in (float("nan"), float("inf")):
+        assert run_step(engine, 0, factor=bad).skipped
+    assert same(everything(engine), before) and engine.scaler.state() == scale
+    assert (engine.consecutive_nonfinite(), engine.read_incidents()) == (2, 2)
+    assert run_step(engine, 0, factor=1e6).skipped  # the flag is of one update: this is an overflow again
+    assert engine.read_incidents() == 2 and engine.scaler.state()["scale"] == 2.0**15
+
+
 def test_the_fp16_scale_survives_a_restart() -> None:
     whole = build(compute="fp16")
     run_step(whole, 0, factor=1e6)
@@ -276,6 +293,6 @@ def test_the_fp16_scale_survives_a_restart() -> None:
 def test_fp16_that_overflows_at_the_smallest_scale_ends_with_a_reason() -> None:
     engine = build(compute="fp16")
     for _ in range(17):
-        run_step(engine, 0, factor=float("nan"))
+        run_step(engine, 0, factor=1e12)
     with pytest.raises(TrainingFailed, match="loss scale"):
         engine.read_incidents()
