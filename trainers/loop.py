@@ -68,7 +68,7 @@ def run_phase(run: Run, phase: ActivePhase) -> str | None:
         logs = evaluates or progress.step % config.logging.every_steps == 0
         if logs:
             run.log_step(phase, loss, targets, lr, update)
-        trouble = run.watch(phase, update, logging=logs)
+        trouble = run.watch(phase, update, batches, logging=logs)
         best = run.evaluate(phase) if evaluates else False
         if best or last or progress.phase_over or phase.saves_after(progress.phase_step, progress.step):
             run.save(phase, best=best)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -21,6 +21,7 @@ from trainers.data.prepare import prepare
 from trainers.data.tokenizers import save_once
 from trainers.data.types import Batch
 from trainers.devices import check_precision, resolve_device
+from trainers.diagnosis import account
 from trainers.engine import TorchEngine, Update
 from trainers.environment import environment, explain_difference
 from trainers.errors import CheckpointError, TrainingFailed
@@ -185,7 +186,7 @@ class Run:
             reason = self.peers.from_first(reason) or reason or "stopped by another worker"
         return int(total), reason, bool(saves)
 
-    def watch(self, phase: ActivePhase, update: Update, *, logging: bool) -> str | None:
+    def watch(self, phase: ActivePhase, update: Update, batches: Sequence[Batch], *, logging: bool) -> str | None:
         """Apply the non-finite policy to what the update met: a reason to save and stop, TrainingFailed, or nothing.
 
         The bad update was left out on every rank. On an accelerator the counters are read on logging steps only.
@@ -197,13 +198,16 @@ class Run:
         if run_of_them == 0:
             return None
         self._write(phase, {"incidents/nonfinite": self.engine.read_incidents()})
-        when = "at" if self.engine.device.type == "cpu" else "at or before"
-        what = f"the loss or a gradient was not finite {when} step {self.progress.step}"
-        self.ctx.note(f"{what} (policy {policy.on_nonfinite}); the update was left out")
+        known = not self.engine.decides_on_device
+        what = f"the loss or a gradient was not finite {'at' if known else 'at or before'} step {self.progress.step}"
+        ends = policy.on_nonfinite != "skip" or run_of_them >= policy.nonfinite_limit
+        looked = known and (run_of_them == 1 or ends)  # a long row of them is not looked into again and again
+        where = f" {account(self, phase, batches)}." if looked else ""
+        self.ctx.note(f"{what} (policy {policy.on_nonfinite}); the update was left out.{where}")
         if policy.on_nonfinite == "raise":
-            raise TrainingFailed(f"{what}. Lower optim.lr or set optim.on_nonfinite=skip.")
+            raise TrainingFailed(f"{what}.{where} Lower optim.lr or set optim.on_nonfinite=skip.")
         if run_of_them >= policy.nonfinite_limit:
-            raise TrainingFailed(f"{what}, {run_of_them} in a row. The last good checkpoint stands; lower optim.lr.")
+            raise TrainingFailed(f"{what}, {run_of_them} in a row.{where} The last good checkpoint stands; lower optim.lr.")
         return "nonfinite" if policy.on_nonfinite == "stop" else None
 
     def log_step(self, phase: ActivePhase, loss: torch.Tensor, targets: int, lr: float, update: Update) -> None:

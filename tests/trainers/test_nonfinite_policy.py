@@ -82,6 +82,12 @@ def test_raise_fails_and_leaves_the_last_good_checkpoint(text: Path, tmp_path: P
     assert failed.step == 6 and counters(failed) == {BAD + 1: 1}
 
 
+def test_the_message_names_the_sequences_and_the_place(text: Path, tmp_path: Path) -> None:
+    """This loss was spoilt once only, so that the second look accuses nobody; test_diagnosis.py has those it does."""
+    failed = attempt(policy(text, "raise"), tmp_path / "run", Plan(poison=(BAD,)))
+    assert f"step {BAD + 1}. Sequences 28 to 31 of phase 'main': run once more, every output" in failed.failure
+
+
 def test_the_limit_counts_updates_in_a_row(text: Path, tmp_path: Path) -> None:
     config = policy(text, "skip", limit=3)
     apart = finished(attempt(config, tmp_path / "apart", Plan(poison=(3, 4, 6, 7))))
