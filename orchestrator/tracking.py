@@ -160,11 +160,13 @@ def _translated() -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     """What went wrong, without the layers that report it."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    # SQLAlchemy: "(sqlite3.OperationalError) database is locked". urllib3: "...: [Errno 111] Connection refused'))".
-    for inner in (r"\([\w.]*Error\) (?P<cause>.*)", r".*\[Errno -?\d+\] (?P<cause>[^'\")]+)"):
-        if found := re.match(inner, line):
-            line = found["cause"]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    line = lines[0]
+    # SQLAlchemy: "(sqlite3.OperationalError) database is locked", at times below a line about its own ways.
+    # urllib3: "...: [Errno 111] Connection refused'))".
+    causes = (re.match(r"\([\w.]*Error\) (?P<cause>.*)|.*\[Errno -?\d+\] (?P<errno>[^'\")]+)", one) for one in lines)
+    if found := next(filter(None, causes), None):
+        line = found["cause"] or found["errno"]
     return redact(line)[:300].rstrip(". ")
 
 
