@@ -141,7 +141,7 @@ class Driver:
         return while_it_gets_further(
             lambda number: self._watch(Fit(job, self.config.workers, share, number)),
             lambda: saved_step(self.run_dir),
-            over=lambda: self.experiment.outcome is not None,
+            over=lambda: self.experiment.outcome is not None or self.signals.reason is not None,
         )
 
     def _watch(self, fit: Fit) -> BaseException | None:
@@ -181,9 +181,7 @@ class Driver:
     def _conclude(self, tracker: Tracker, error: BaseException | None) -> int:
         outcome = self.experiment.outcome
         if outcome is None:
-            times = f"{WORKER_RESTARTS + 1} times without a new checkpoint"
-            reason = f"the workers died {times}; the last time: {brief(error)}"
-            outcome = {"state": "failed", "reason": reason}
+            outcome = self._outcome_without_last_words(error)
             write_atomically(self.run_dir / OUTCOME, json.dumps(outcome) + "\n")
         shutil.rmtree(self.run_dir / ".ray", ignore_errors=True)
         self.display.status("drawing the plots")
@@ -197,6 +195,13 @@ class Driver:
         notes = pending(delivered)
         show_closing(self.experiment, self.request, time.monotonic() - self._started, notes)
         return DONE if outcome["state"] == "finished" else STOPPED
+
+    def _outcome_without_last_words(self, error: BaseException | None) -> dict[str, Any]:
+        """How the run ended whose workers died before they could say so."""
+        if self.signals.reason:  # whoever stopped us stopped them too: it goes on from the last checkpoint
+            return {"state": "stopped", "reason": self.signals.reason}
+        times = f"{WORKER_RESTARTS + 1} times without a new checkpoint"
+        return {"state": "failed", "reason": f"the workers died {times}; the last time: {brief(error)}"}
 
     def _draw(self) -> None:
         """The pictures are worth a note when they fail, not the ending of a training that is done."""

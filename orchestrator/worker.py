@@ -54,7 +54,7 @@ def ray_context(run_dir: Path, cache_dir: Path, generation: int) -> Any:
 
     class RayContext(RunFolder):
         def report(self, metrics: dict[str, float]) -> None:
-            """Collective: at evaluations only, because Ray polls for reports (field notes: up to 2 s each)."""
+            """Collective: at evaluations only, because Ray polls for reports, and each may wait 2 s."""
             ray.train.report(metrics)
 
     ranks = ray.train.get_context()

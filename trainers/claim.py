@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -87,6 +88,7 @@ class Claim:
     @classmethod
     def _acquire(cls, run_dir: Path, wait_s: float, say: Callable[[str], object]) -> Claim:
         run_dir.mkdir(parents=True, exist_ok=True)
+        _refuse_other_than_files(run_dir)
         deadline = time.monotonic() + wait_s
         lock = _lock_claim(run_dir, deadline, wait_s, say)
         write_lock = Lock(run_dir / WRITE_LOCK)
@@ -211,6 +213,14 @@ class Guard:
                 f"{self._path.parent}: generation {self.generation}, attempt {self.attempt} may no longer write; "
                 f"the claim says {_told(_parse(found))}."
             )
+
+
+def _refuse_other_than_files(run_dir: Path) -> None:
+    """Opening a FIFO or a device for the lock would wait for ever, or do something else."""
+    for name in (CLAIM, WRITE_LOCK, GENERATION):
+        path = run_dir / name
+        if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+            raise UserError(f"{path} is no regular file, and the run needs one of that name: move it away.")
 
 
 # ---- taking the claim's lock --------------------------------------------------------------------------

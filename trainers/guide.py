@@ -1,6 +1,6 @@
 """Guide-style YAML (`model:` and `training:`, or flat training keys) as our own configuration.
 
-The one place that knows what FundamentaLLM's guide and its code called things (systems.md 5.5); RunConfig has one
+The one place that knows what FundamentaLLM's guide and its code called things; RunConfig has one
 name per thing. What is left out comes from the preset fundamentallm/medium, which is that guide's default.
 """
 

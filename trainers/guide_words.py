@@ -1,4 +1,4 @@
-"""The words of FundamentaLLM's guide and of its code, side by side with ours (systems.md 5.5): tables alone."""
+"""The words of FundamentaLLM's guide and of its code, side by side with ours: tables alone."""
 
 from __future__ import annotations
 

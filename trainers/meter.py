@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,4 +39,10 @@ class Meter:
         """Allocated on the accelerator; resident in the process on the CPU."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return peak_resident_bytes() / 2**30
+
+
+def peak_resident_bytes(platform: str = sys.platform) -> int:
+    """The most memory that this process has had resident; the kernel counts in KiB, macOS's in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform == "darwin" else peak * 1024

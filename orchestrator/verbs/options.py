@@ -131,7 +131,8 @@ class WeightsOptions:
 def spread(verb: Callable[..., int]) -> Callable[..., int]:
     """`verb` as typer needs it: a parameter that is a dataclass of options gives way to the options themselves."""
     signature = inspect.signature(verb, eval_str=True)
-    nouns = {name: part.annotation for name, part in signature.parameters.items() if is_dataclass(part.annotation)}
+    parts = signature.parameters.values()
+    nouns: dict[str, Any] = {part.name: part.annotation for part in parts if is_dataclass(part.annotation)}
 
     @functools.wraps(verb)
     def spread_out(**given: Any) -> int:
@@ -140,7 +141,7 @@ def spread(verb: Callable[..., int]) -> Callable[..., int]:
         return verb(**given)
 
     spread_out.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[option for part in signature.parameters.values() for option in _options_of(part)]
+        parameters=[option for part in parts for option in _options_of(part)]
     )
     return spread_out
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from orchestrator.ray_trainer import WORKER_RESTARTS
@@ -27,6 +28,7 @@ from tests.orchestrator.faults import (
     left,
     newest_step,
     read,
+    seconds_until_gone,
     tracked,
 )
 from tests.trainers.crash import Ending, merged
@@ -65,6 +67,24 @@ def test_stopping_twice_and_raising_the_budget_is_invisible(place: Place, one_wo
     place.run("stopped", "budget.steps=+40", target="stopped").expect(0)
     assert_same(first.run_dir, one_worker)
     assert assert_told_once(place.runs, first.run_dir).run_id == told.run_id
+
+
+def test_sigterm_to_the_workers_too_is_a_stop(place: Place, one_worker: Ending) -> None:
+    """Workers that are ended together with the driver's wish to stop: started again, they stop at once."""
+    command = place.start("ended")
+    command.wait_for_step(50)
+    workers = command.workers()
+    for process in [psutil.Process(command.pid), *workers]:
+        process.terminate()
+    command.expect(75)
+    assert "Traceback" not in command.output
+    outcome = read(command.run_dir, "outcome.json")
+    assert (outcome["state"], outcome["reason"]) == ("stopped", "SIGTERM")
+    told = assert_told_once(place.runs, command.run_dir, "KILLED")
+    seconds_until_gone(command.family)
+    again = place.run("ended").expect(0)
+    assert_same(again.run_dir, one_worker)
+    assert assert_told_once(place.runs, again.run_dir).run_id == told.run_id
 
 
 def assert_state_is_needed(run_dir: Path, whole: Ending, folder: Path) -> None:

@@ -260,6 +260,17 @@ def test_forked_children_do_not_keep_the_lock(tmp_path: Path) -> None:
     os.waitpid(child, 0)
 
 
+@pytest.mark.parametrize("name", [CLAIM, ".write-lock", ".generation"])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    """Opening a FIFO to write would wait for a reader for ever."""
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / name)
+    with pytest.raises(UserError, match="no regular file"):
+        Claim.acquire(tmp_path / "run")
+    (tmp_path / "run" / name).unlink()
+    Claim.acquire(tmp_path / "run").release()
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_no_permission_is_one_clear_message(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)

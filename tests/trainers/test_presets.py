@@ -13,7 +13,7 @@ CHARACTERS = 69  # Shakespeare's 65 and four specials
 
 
 def closed_form(model: ModelConfig, vocab_size: int) -> int:
-    """Parameters by the formulas of systems.md 3.1, 4.1 and 5.1, written anew from the shape alone."""
+    """Parameters of each system in closed form, written anew from the shape alone."""
     d, f, layers = model.d_model, model.ffn_width, model.n_layers
     norm = d if model.norm == "rmsnorm" else 2 * d
     final_norm = d if "rmsnorm" in (model.norm, model.final_norm) else 2 * d

@@ -28,7 +28,7 @@ UNICODE_END = 0x110000
 
 
 class CharacterTokenizer:
-    """One id a character: four specials, then the characters in code point order (systems.md 5.2)."""
+    """One id a character: four specials, then the characters in code point order."""
 
     kind = "characters"
     pad_id: int | None = PAD

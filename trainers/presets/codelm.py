@@ -1,4 +1,4 @@
-"""codelm: the bash code model's dense decoder and its language stage (systems.md, section 3)."""
+"""codelm: the bash code model's dense decoder and its language stage."""
 
 from __future__ import annotations
 

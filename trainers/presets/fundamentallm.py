@@ -1,4 +1,4 @@
-"""FundamentaLLM: a small transformer over characters (systems.md, section 5)."""
+"""FundamentaLLM: a small transformer over characters."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _characters(
     warmup_steps: int = 100,
     patience: int = 0,
 ) -> RunConfig:
-    """The recipe all sizes share (systems.md 5.4, with warm-up in the cosine schedule as the guide wished)."""
+    """The recipe all sizes share, with warm-up in the cosine schedule as the guide wished."""
     return RunConfig(
         preset=f"fundamentallm/{name}",
         seed=42,

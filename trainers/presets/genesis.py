@@ -1,4 +1,4 @@
-"""genesis: deep and narrow Llama-style decoders (systems.md, section 4), as plain language models."""
+"""genesis: deep and narrow Llama-style decoders, as plain language models."""
 
 from __future__ import annotations
 
