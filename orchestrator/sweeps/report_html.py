@@ -40,6 +40,7 @@ table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { border-bottom: 2px solid var(--line); white-space: nowrap; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td:nth-child(2) { white-space: nowrap; }
 tr.winner td { font-weight: 600; color: var(--good); background: var(--card); }
 tr.failed td { color: var(--bad); }
 tr.going td { color: var(--going); }

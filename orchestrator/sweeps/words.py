@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.console import count, duration, short
-from orchestrator.sweeps.axes import short_path, text_of
+from orchestrator.sweeps.axes import is_number, short_path, text_of
 from orchestrator.sweeps.comparison import Noise, Stopped, as_good, cost, noise, states, stopped, trade_off
 from orchestrator.sweeps.results import FAILED, STOPPED, PointResult, SweepResults
 
@@ -50,7 +50,8 @@ def sheet(results: SweepResults) -> Sheet:
     metrics = [objective.metric for objective in results.objectives]
     headers = ["rank", "trial", *(short_path(path, paths) for path in paths), *metrics]
     headers += ["tokens", "tokens/s", "peak GiB", "state"]
-    numeric = [True, False, *(True for _ in paths), *(True for _ in metrics), True, True, True, False]
+    numbers = [all(is_number(point.params.get(path, 0)) for point in results.points) for path in paths]
+    numeric = [True, False, *numbers, *(True for _ in metrics), True, True, True, False]
     front = {point.number for point in trade_off(results)}
     ranks = {point.number: rank for rank, point in enumerate(results.ranked, 1)}
     rows = []
@@ -150,7 +151,7 @@ def _verdict(results: SweepResults, found: Noise) -> str:
     if not found.within:
         return f"more than the noise of {measure}."
     alike = names_of(as_good(results))
-    return f"which lies within the noise of {measure}: as good as the best, as far as the seeds tell, is {alike}."
+    return f"which lies within the noise of {measure}. As good as the best, as far as the seeds tell: {alike}."
 
 
 def stopped_words(results: SweepResults) -> list[str]:
