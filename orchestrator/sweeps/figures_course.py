@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+MANY = 60
+"""trials whose lines are drawn thinner"""
 Measure = Callable[[PointResult], float]
 """of a completed point, NaN where it is unknown"""
 
@@ -90,6 +92,8 @@ def _course(panel: Axes, point: PointResult, limits: tuple[float, float], result
     }[kind]
     if point is results.winner:
         colour, width, order = BEST, 2.8, 4
+    elif len(results.points) > MANY:
+        width /= 2
     lone = "o" if len(tokens) == 1 else None
     style = "--" if kind == "going on" else "-"
     panel.plot(tokens, values, color=colour, lw=width, ls=style, zorder=order, alpha=0.9, marker=lone, ms=4)
