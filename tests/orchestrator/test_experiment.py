@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from orchestrator.tracker import OpeningStore, Tracker
 from orchestrator.tracking import Store
 from trainers.claim import Claim
 from trainers.config import RunConfig
+from trainers.config_io import fingerprint, fingerprint_fields
+from trainers.errors import ConfigError
 from trainers.presets import PRESETS
 
 TINY = PRESETS["fundamentallm/tiny"]()
@@ -71,6 +74,21 @@ def test_fresh_ends_what_a_killed_driver_left_running(tmp_path: Path, store: Sto
     assert states == {"mine": "KILLED", "mine-2": "RUNNING", "mine-3": "RUNNING"}
     assert store.client.get_run(tracked["mine"].run_id).data.tags["stop_reason"] == "abandoned"
     tracker.close({"state": "stopped", "reason": "test"})
+
+
+def test_a_run_that_has_begun_is_settled_without_the_one_it_came_from(tmp_path: Path) -> None:
+    config = TINY.model_copy(update={"init_from": str(tmp_path / "gone")})
+    fields = fingerprint_fields(config, (), "a" * 64)
+    identity = {"fingerprint": fingerprint(config, (), "a" * 64), "fields": fields, "init_from": config.init_from}
+    (tmp_path / "child" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "child" / "identity.json").write_text(json.dumps(identity))
+    request = Request(runs_dir=tmp_path, name="child")
+    with pytest.raises(ConfigError, match="no sound checkpoint"):
+        settle(config, request, ())  # it has none of its own yet
+    (tmp_path / "child" / "checkpoints" / "step-00000003").mkdir()
+    assert settle(config, request, ()).fingerprint == identity["fingerprint"]
+    with pytest.raises(ConfigError, match="no sound checkpoint"):
+        settle(config, replace(request, fresh=True), ())
 
 
 # ---- starting again ------------------------------------------------------------------------------------------
