@@ -18,7 +18,7 @@ import typer
 from rich.text import Text
 
 from orchestrator.console import err, open_streams, silence
-from orchestrator.verbs import records, text, training
+from orchestrator.verbs import finders, records, text, training
 from trainers.errors import Superseded, TrainingFailed, UserError
 
 DONE, INTERNAL, BAD_INPUT, FAILED, STOPPED = 0, 1, 2, 3, 75
@@ -43,6 +43,8 @@ VERBS: tuple[Callable[..., int], ...] = (
     training.plan,
     training.show,
     training.presets,
+    finders.find_lr,
+    finders.find_batch,
     text.generate,
     text.evaluate,
     records.runs,
@@ -146,7 +148,7 @@ def _sentence(text: str) -> str:
 
 
 def _usage(typed: list[str]) -> str:
-    verbs = [verb.__name__ for verb in VERBS]
+    verbs = [verb.__name__.replace("_", "-") for verb in VERBS]
     if typed and typed[0] in verbs:
         return f" `orchestrate {typed[0]} --help` shows how it is used."
     return f" The verbs: {', '.join(verbs)}."

@@ -38,7 +38,7 @@ def plot_curves(metrics_path: Path, target: Path, title: str) -> bool:
     curves = read_curves(metrics_path)
     if not any(len(series.finite) for series in curves.series.values()):
         return False
-    figure = _figure(15, 8.4)
+    figure = new_figure(15, 8.4)
     axes = figure.subplots(2, 3, sharex=True)
     for index, (panel, draw) in enumerate(zip(axes.flat, PANELS, strict=True)):
         _dress(panel, curves)
@@ -236,7 +236,7 @@ def _mark_incidents(panel: Axes, curves: Curves) -> None:
         panel.axvline(step, color=ALARM, lw=0.7, alpha=0.35, zorder=1)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """An empty figure of so many inches on the Agg canvas."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -270,7 +270,7 @@ def plot_text(blocks: Iterable[Sequence[tuple[str, str]]], target: Path, title: 
     margin, top, step = 0.25, 0.7, 0.225  # inches
     advance = _monospaced_advance()
     width, height = 2 * margin + columns * advance, top + step * len(lines)
-    figure = _figure(width, height)
+    figure = new_figure(width, height)
     figure.set_layout_engine("none")
     figure.text(
         margin / width, 1 - 0.15 / height, title, va="top", fontsize=14, fontweight="bold", color=INK, parse_math=False

@@ -1,0 +1,92 @@
+"""Limit: how much memory one worker may take, as a person said it or as this machine has it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from orchestrator.console import size
+from trainers.errors import UserError
+
+UNITS = {"B": 1} | {f"{letter}iB": 1 << shift for letter, shift in zip("KMGT", (10, 20, 30, 40), strict=True)}
+UNITS |= {f"{letter}B": 10**power for letter, power in zip("KMGT", (3, 6, 9, 12), strict=True)}
+HEADROOM_BYTES, HEADROOM_SHARE = 512 << 20, 0.1  # left to the rest of the machine: the larger of the two
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Memory that one worker may take."""
+
+    bytes: int | None
+    """None: what the CUDA device has free, which the probe finds out"""
+    source: str
+    """where the number comes from, for a person"""
+
+
+def parse_size(text: str, what: str) -> int:
+    """Bytes of '2GiB', '800 MB', '1.5GiB'. UserError for anything else; `what` names the option."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    units = {unit.lower(): factor for unit, factor in UNITS.items()}
+    n_bytes = int(float(found[1]) * units[found[2].lower()]) if found and found[2].lower() in units else 0
+    if n_bytes <= 0:
+        raise UserError(f"{what} is an amount of memory above 0 with its unit, such as 2GiB or 800MB; got {text!r}.")
+    return n_bytes
+
+
+def limit_for(device: str, asked: str | None, workers: int) -> Limit:
+    """What each of `workers` on this machine may take on `device` (cpu, cuda, mps)."""
+    if asked is not None:
+        return Limit(parse_size(asked, "--memory-limit"), "--memory-limit")
+    if device == "cuda":
+        return Limit(None, "free on the GPU")
+    available, where = available_memory()
+    headroom = int(max(HEADROOM_BYTES, HEADROOM_SHARE * available))
+    share = f", divided by {workers} workers" if workers > 1 else ""
+    source = f"{size(available)} available {where}, less {size(headroom)} of headroom{share}"
+    return Limit(max(1, (available - headroom) // workers), source)
+
+
+def available_memory() -> tuple[int, str]:
+    """Bytes that could be taken now without swapping, and what bounds them: the machine or this process's cgroup."""
+    machine, group = psutil.virtual_memory().available, _cgroup_room()
+    return (group, "in this container") if group is not None and group < machine else (machine, "on this machine")
+
+
+def _cgroup_room() -> int | None:
+    """What the tightest memory limit of our cgroups leaves, page cache counted as free; None where there is none."""
+    rooms = [room for folder in _cgroup_folders() if (room := _room(folder)) is not None]
+    return min(rooms, default=None)
+
+
+def _cgroup_folders() -> list[Path]:
+    """Our cgroup and those above it, version 2 or 1; inside a container only the root may be there."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    folders = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            root = CGROUPS / controllers
+            inner = root / path.lstrip("/")
+            folders += [root, *(place for place in (inner, *inner.parents) if place.is_relative_to(root))]
+    return folders
+
+
+def _room(folder: Path) -> int | None:
+    for most, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        try:
+            limit, taken = (folder / most).read_text().strip(), int((folder / used).read_text())
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if limit == "max":
+            return None
+        cache = int(statistics.get("inactive_file", 0))
+        return max(0, int(limit) - (taken - cache))
+    return None

@@ -1,0 +1,313 @@
+"""One micro-batch size tried for real: memory and speed of a few training steps, in a process of its own.
+
+`python -m trainers.batch_probe` reads a Job as one JSON line and writes a Probe as one. It ends at once when its
+standard input does, so that no probe outlives the process that started it, whatever killed that one.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainers.config import RunConfig
+    from trainers.data.types import Batch
+    from trainers.phase import ActivePhase
+    from trainers.run import Run
+
+MICRO_BATCHES = 2  # of each step: only from the second on do gradients stand in memory beside activations
+WARM_UP = 2  # steps that are not timed: memory comes from the system, caches fill
+PATIENCE_S = 30.0  # once the timed steps have taken this long, those there are suffice
+SLACK_BYTES = 512 << 20  # address space beyond the memory that counts: what is set aside and never touched
+THREAD_BYTES = 136 << 20  # of address space: a thread's stack and its malloc arena
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|not enough memory|n.t allocate memory|bad_alloc|could not create a memory|ALLOC_FAILED", re.I
+)
+
+Fate = Literal["ok", "out of memory", "killed", "not tried"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a probe is to do; JSON."""
+
+    config: dict[str, Any]
+    """as the run would have it; the probe sets its own batch and takes one worker's part"""
+    cache_dir: str
+    micro: int
+    """rows of a micro-batch"""
+    accumulation: int
+    """micro-batches of a step of the run, which the speed is given for"""
+    steps: int
+    """timed"""
+    limit_bytes: int | None
+    """memory of the process on the CPU, of the device on CUDA; None: what the CUDA device has free"""
+    threads: int
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What became of one micro-batch size. Sizes in bytes: of the process on the CPU, of the device on CUDA."""
+
+    micro: int
+    fate: Fate
+    detail: str = ""
+    step_ms: float | None = None
+    """one update of the run: the median micro-batch times their number, and the median update"""
+    tokens_per_s: float | None = None
+    """of one worker"""
+    resting_bytes: int | None = None
+    """before the first step: model, optimizer, gradients' copies, libraries"""
+    training_bytes: int | None = None
+    """at most while training"""
+    peak_bytes: int | None = None
+    """at most, an evaluation included"""
+    reserved_bytes: int | None = None
+    """CUDA: what the allocator held at most, unused blocks included"""
+    limit_bytes: int | None = None
+    device: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """It ran, and within the limit."""
+        within = self.limit_bytes is None or self.peak_bytes is None or self.peak_bytes <= self.limit_bytes
+        return self.fate == "ok" and within
+
+
+# ---- the child ------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    """Do the job on standard input. Exit codes: 0 a Probe was written; 2 bad input, the message on standard error."""
+    answer = os.dup(1)
+    os.dup2(2, 1)  # what libraries print is no answer
+    job = Job(**json.loads(sys.stdin.readline()))
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    from trainers.errors import UserError
+    from trainers.openmp import spin_briefly
+
+    spin_briefly()
+    try:
+        probe = measure(job)
+    except UserError as error:
+        print(error, file=sys.stderr, flush=True)
+        return 2
+    with os.fdopen(answer, "w", encoding="utf-8") as out:
+        out.write(json.dumps(asdict(probe)) + "\n")
+    return 0
+
+
+def _end_with_stdin() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+def measure(job: Job) -> Probe:
+    """Train a few steps of the real model at the real sequence length, and evaluate once. Raises UserError."""
+    import torch
+
+    from trainers.devices import resolve_device
+
+    torch.set_num_threads(job.threads)
+    config = probe_config(job)
+    device = resolve_device(config.device)
+    memory = CudaMemory(device, job.limit_bytes) if device.type == "cuda" else ProcessMemory(job)
+    found: dict[str, Any] = {"device": device.type, "limit_bytes": memory.limit_bytes}
+    try:
+        found |= _measure(config, job, memory)
+        return Probe(job.micro, "ok", **found)
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        memory.lift()
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        return Probe(job.micro, "out of memory", told[0][:200], peak_bytes=memory.peak(), **found)
+
+
+def probe_config(job: Job) -> RunConfig:
+    """One worker's part of the run, in steps of MICRO_BATCHES micro-batches, with an evaluation of one batch."""
+    from trainers.config import RunConfig
+    from trainers.config_io import override
+    from trainers.run import EVALUATION_ROWS
+
+    config = RunConfig.model_validate(job.config)
+    return override(
+        config,
+        [
+            "workers=1",
+            f"batch.sequences={job.micro * MICRO_BATCHES}",
+            f"batch.micro_sequences={job.micro}",
+            f"evaluation.max_tokens={EVALUATION_ROWS * config.sequence_length}",
+            "samples.count=0",
+        ],
+    )
+
+
+def _measure(config: RunConfig, job: Job, memory: Memory) -> dict[str, Any]:
+    from trainers.scratch import scratch_run
+
+    with scratch_run(config, Path(job.cache_dir)) as (run, phase):
+        resting = memory.peak()
+        memory.hold_to_limit()
+        passes, updates = _timed_steps(run, phase, job.steps)
+        training = memory.peak()
+        run.evaluate(phase)
+        micro_batch, update = statistics.median(passes) / MICRO_BATCHES, statistics.median(updates)
+    step = job.accumulation * micro_batch + update
+    return {
+        "step_ms": 1e3 * step,
+        "tokens_per_s": job.accumulation * job.micro * config.sequence_length / step,
+        "resting_bytes": resting,
+        "training_bytes": training,
+        "peak_bytes": memory.peak(),
+        "reserved_bytes": memory.reserved(),
+    }
+
+
+def _timed_steps(run: Run, phase: ActivePhase, steps: int) -> tuple[list[float], list[float]]:
+    """Seconds of forward and backward over all micro-batches, and of the update, of each timed step."""
+    wait = _waiting_for(run.device)
+    began = time.perf_counter()
+    taken: list[tuple[float, float]] = []
+    while len(taken) < WARM_UP + steps:
+        batches = phase.loader.micro_batches(run.progress.phase_step)
+        taken.append(_timed_step(run, phase, batches, wait))
+        if time.perf_counter() - began > PATIENCE_S:
+            break
+    timed = taken[WARM_UP:] or taken[-1:]
+    return [forward for forward, _ in timed], [update for _, update in timed]
+
+
+def _timed_step(run: Run, phase: ActivePhase, batches: list[Batch], wait: Callable[[], None]) -> tuple[float, float]:
+    from trainers.loop import forward_backward
+
+    targets = sum(batch.n_targets for batch in batches)
+    wait()
+    before = time.perf_counter()
+    forward_backward(run, phase, batches, targets)
+    wait()
+    between = time.perf_counter()
+    run.engine.update(phase.lr(run.progress.phase_step))
+    wait()
+    run.progress.advance(targets)
+    return between - before, time.perf_counter() - between
+
+
+def _waiting_for(device: torch.device) -> Callable[[], None]:
+    import torch
+
+    if device.type == "cuda":
+        return lambda: torch.cuda.synchronize(device)
+    return torch.mps.synchronize if device.type == "mps" else lambda: None
+
+
+# ---- memory -------------------------------------------------------------------------------------------------
+
+
+class ProcessMemory:
+    """The resident memory of this process, and address space as a belt against taking much more than the limit.
+
+    On Apple's MPS the GPU's memory is the machine's; it is counted like the CPU's, which the authors could not try.
+    """
+
+    def __init__(self, job: Job):
+        assert job.limit_bytes is not None, "a probe on the CPU has a limit"
+        self.limit_bytes: int = job.limit_bytes
+        self._threads = job.threads
+        self._lifted: tuple[int, int] | None = None
+
+    def hold_to_limit(self) -> None:
+        """From now on asking for much more than the limit fails, instead of taking it. MemoryError if it is taken."""
+        import resource
+
+        resident, reserved = _status("VmRSS"), _status("VmSize")
+        if resident is None or reserved is None:
+            return  # no /proc: macOS, whose kernel does not heed RLIMIT_AS either
+        if resident > self.limit_bytes:
+            raise MemoryError(f"out of memory before the first step: {resident} bytes are taken")
+        room = self.limit_bytes - resident + SLACK_BYTES + self._threads * THREAD_BYTES
+        self._lifted = resource.getrlimit(resource.RLIMIT_AS)
+        hard = self._lifted[1]
+        soft = reserved + room if hard == resource.RLIM_INFINITY else min(reserved + room, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+    def lift(self) -> None:
+        """The belt off: the answer has to be written."""
+        import resource
+
+        if self._lifted is not None:
+            resource.setrlimit(resource.RLIMIT_AS, self._lifted)
+
+    def peak(self) -> int:
+        """Bytes resident at most so far. Not ru_maxrss on Linux, where a child begins with its parent's."""
+        import resource
+
+        seen = _status("VmHWM")
+        return seen if seen is not None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def reserved(self) -> int | None:
+        return None
+
+
+class CudaMemory:
+    """The memory of one CUDA device that torch's allocator takes."""
+
+    def __init__(self, device: torch.device, limit_bytes: int | None):
+        import torch
+
+        self._device = device
+        free, total = torch.cuda.mem_get_info(device)
+        self.limit_bytes: int = limit_bytes or free
+        torch.cuda.set_per_process_memory_fraction(min(1.0, self.limit_bytes / total), device)
+
+    def hold_to_limit(self) -> None:
+        """The allocator has kept to it from the start."""
+
+    def lift(self) -> None:
+        """Nothing to take off: the answer needs no device memory."""
+
+    def peak(self) -> int:
+        import torch
+
+        return torch.cuda.max_memory_allocated(self._device)
+
+    def reserved(self) -> int | None:
+        import torch
+
+        return torch.cuda.max_memory_reserved(self._device)
+
+
+Memory = ProcessMemory | CudaMemory
+
+
+def _status(field: str) -> int | None:
+    """Bytes, from /proc/self/status; None where there is none."""
+    try:
+        text = Path("/proc/self/status").read_text()
+    except FileNotFoundError:
+        return None
+    found = re.search(rf"^{field}:\s*(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch, of its libraries or of the system says that memory was refused."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
