@@ -56,6 +56,7 @@ def saves(config: RunConfig, folder: Path, count: int) -> Saves:
         for index in range(count + 1):
             quiet = _mean_step(ours, 3)
             copy = _clock(lambda: target.copy_(source))
+            ours.steps(1)  # a save follows a step, not another copy: the caches are as a step leaves them for both
             stall = _clock(lambda: ours.run.save(ours.phase))
             busy = _steps_in_flight(ours)
             ours.run.store.wait()

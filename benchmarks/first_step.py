@@ -78,7 +78,7 @@ trace(launch, "settle", "settle")
 trace(launch, "data_hashes", "data hashes")
 trace(launch, "prepare", "open packed data")
 trace(launch.Tracker, "open", "wait for MLflow, begin its run")
-trace(launch.Tracker, "_open_store", "(thread) open the MLflow store")
+trace(launch.OpeningStore, "_open", "(thread) open the MLflow store")
 trace(launch.Driver, "_watch", "workers")
 import orchestrator.ray_cluster as ray_cluster
 environment = ray_cluster._environment
@@ -151,6 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     with scratch() as folder:
         numbers, runs_dir = count(), folder / "runs"
+        print("  packing the corpus and making the MLflow store", flush=True)
         orchestrate(runs_dir, numbers)  # packs the corpus and makes the MLflow store
         if options.timeline:
             for name, seconds in timeline(runs_dir, folder, numbers):
@@ -164,6 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
                 "ray": functools.partial(script, BARE_RAY, folder, numbers),
             },
             1 if options.quick else options.pairs,
+            what="first step",
         )
         marks = timeline(runs_dir, folder, numbers)
     control = ratio(found["control"], found["trainer"])

@@ -21,7 +21,6 @@ from benchmarks.workload import BareJob, OurLoop, our_loop, scratch
 from trainers.config import RunConfig
 from trainers.config_io import override
 from trainers.presets import PRESETS
-from trainers.record import series
 
 PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200, as its maker states it
 BLOCK = 20
@@ -132,7 +131,7 @@ def measure(ours: OurLoop, options: argparse.Namespace) -> tuple[list[Figure], d
     rounds(sides, options.warm_up)
     seconds = rounds(sides, options.pairs)
 
-    logged = [value for _, value in series(ours.ctx.run_dir / "metrics.jsonl", "train/loss")]
+    logged = [value for _, value in ours.logged("train/loss")]
     differences = [abs(a - b) / abs(b) for a, b in zip(logged, bare.losses, strict=True)]
     same = [abs(a - b) / abs(b) for a, b in zip(control.losses, bare.losses, strict=True)]
     alike = ratio(seconds["control"], seconds["bare"])

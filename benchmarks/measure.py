@@ -90,15 +90,22 @@ def ratio(ours: Sequence[float], theirs: Sequence[float], *, resamples: int = 40
     return Ratio(float(np.median(ratios)), float(low), float(high), len(ratios))
 
 
-def rounds(sides: Mapping[str, Callable[[], Outcome]], count: int) -> dict[str, list[Outcome]]:
+def rounds(
+    sides: Mapping[str, Callable[[], Outcome]], count: int, *, what: str | None = None
+) -> dict[str, list[Outcome]]:
     """What each side returned, `count` times: every round runs all sides, in the reverse order of the round before.
 
-    With two sides this is ABBA: what drifts slowly falls on both alike.
+    With two sides this is ABBA: what drifts slowly falls on both alike. `what` names the rounds in a line after each.
     """
     results: dict[str, list[Outcome]] = {name: [] for name in sides}
+    start = time.perf_counter()
     for index in range(count):
         for name in list(sides)[:: -1 if index % 2 else 1]:
             results[name].append(sides[name]())
+        if what is not None:
+            done, spent = index + 1, time.perf_counter() - start
+            left = spent / done * (count - done)
+            print(f"  {what}: round {done} of {count}, {spent:.0f} s, about {left:.0f} s to go", flush=True)
     return results
 
 

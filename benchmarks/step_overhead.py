@@ -13,7 +13,6 @@ from benchmarks.bare_loop import BareLoop
 from benchmarks.measure import Cost, Figure, Ratio, noise_of, ratio, report, rounds, timed
 from benchmarks.workload import BareJob, OurLoop, our_loop, scratch, small_as_shipped, two_million
 from trainers.config import RunConfig
-from trainers.record import series
 
 BAR = 1.02
 BLOCK = 20  # steps between two looks at the clock
@@ -36,7 +35,7 @@ class Comparison:
         return float(np.median([cost.seconds for cost in self.costs[side]])) / BLOCK * 1e3
 
 
-def compare(config: RunConfig, *, pairs: int, warm_up: int, seeded: bool = True) -> Comparison:
+def compare(config: RunConfig, *, pairs: int, warm_up: int, what: str, seeded: bool = True) -> Comparison:
     """`pairs` rounds of a block of our loop, of the bare one and of the bare one again (the A/A control).
 
     seeded: the bare loops seed the dropout masks of each step as ours does, without which losses cannot be compared.
@@ -53,7 +52,7 @@ def compare(config: RunConfig, *, pairs: int, warm_up: int, seeded: bool = True)
             "control": functools.partial(timed, functools.partial(_steps, control)),
         }
         rounds(sides, warm_up)
-        costs = rounds(sides, pairs)
+        costs = rounds(sides, pairs, what=what)
         equal, count = _equal_losses(ours, bare)
         return Comparison(costs, equal, count, _equal_weights(ours, bare))
 
@@ -65,7 +64,7 @@ def _steps(loop: BareLoop) -> None:
 
 def _equal_losses(ours: OurLoop, bare: BareLoop) -> tuple[int, int]:
     """Ours is recorded as sum / count in float64; the bare one is the float32 of the same quotient."""
-    logged = [np.float32(value) for _, value in series(ours.ctx.run_dir / "metrics.jsonl", "train/loss")]
+    logged = [np.float32(value) for _, value in ours.logged("train/loss")]
     assert len(logged) == len(bare.losses), (len(logged), len(bare.losses))
     return sum(a == np.float32(b) for a, b in zip(logged, bare.losses, strict=True)), len(logged)
 
@@ -90,7 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
         ("fundamentallm/small, peer unseeded", small_as_shipped, False),
     ):
         count = pairs if build is two_million else pairs * 2
-        found = compare(build((count + warm_up) * BLOCK + 1), pairs=count, warm_up=warm_up, seeded=seeded)
+        config = build((count + warm_up) * BLOCK + 1)
+        found = compare(config, pairs=count, warm_up=warm_up, what=name, seeded=seeded)
         control = found.ratio("control", "bare")
         bar = BAR if build is two_million else None
         figures += [

@@ -23,6 +23,7 @@ from trainers.loop import run_phase
 from trainers.models import build_model
 from trainers.phase import ActivePhase
 from trainers.presets import PRESETS
+from trainers.record import series
 from trainers.run import Run
 from trainers.seeds import stream_seed
 
@@ -81,6 +82,12 @@ class OurLoop:
     def steps(self, count: int) -> None:
         self.ctx.allow(count)
         run_phase(self.run, self.phase)
+
+    def logged(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) of one metric of every step so far, as it stands in the record."""
+        assert self.run.record is not None
+        self.run.record.sync()
+        return series(self.ctx.run_dir / "metrics.jsonl", name)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -86,7 +87,10 @@ class TorchEngine:
         self._optim = optim
         # in the order of model.parameters(), as a plain loop would clip them: the order is part of the norm's bits
         self._parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        self._names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        # Walking the modules takes longer than copying small ones, and a save should not.
+        self._named = list(self.module.named_parameters())
+        self._buffers = self.module.state_dict().keys() & {name for name, _ in self.module.named_buffers()}
+        self._names = {id(parameter): name for name, parameter in self._named}
         self.optimizer = build_optimizer(groups, optim, self.device)
 
     # ---- a step ---------------------------------------------------------------------------------
@@ -205,10 +209,9 @@ class TorchEngine:
         return {"model": self._model_tensors(), "optimizer": self._optimizer_tensors()}
 
     def _model_tensors(self) -> NamedTensors:
-        state = self.module.state_dict()
-        names = [name for name, _ in self.module.named_parameters()]
-        names += [name for name, _ in self.module.named_buffers() if name in state]
-        return {name: state[name] for name in names}
+        buffers = self.module.named_buffers() if self._buffers else ()
+        kept = ((name, buffer) for name, buffer in buffers if name in self._buffers)
+        return {name: tensor.detach() for name, tensor in chain(self._named, kept)}
 
     def _optimizer_tensors(self) -> NamedTensors:
         return {

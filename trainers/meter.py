@@ -10,12 +10,15 @@ from contextlib import contextmanager
 
 import torch
 
+MEMORY_EVERY_S = 1.0  # asking for the memory costs more than all the rest of a reading, and a peak hardly moves
+
 
 class Meter:
     """Speed since the last reading, without the time spent under `pause`."""
 
     def __init__(self, device: torch.device):
         self._device = device
+        self._peak, self._peak_read = 0.0, -MEMORY_EVERY_S
         self.start(0)
 
     def start(self, tokens: int) -> None:
@@ -23,10 +26,16 @@ class Meter:
         self._since, self._tokens = time.perf_counter(), tokens
 
     def read(self, tokens: int) -> dict[str, float]:
-        """perf/tokens_per_s since the last reading (all ranks together) and mem/peak_gib of this process."""
-        seconds, done = time.perf_counter() - self._since, tokens - self._tokens
-        self.start(tokens)
-        return {"perf/tokens_per_s": done / max(seconds, 1e-9), "mem/peak_gib": self._peak_gib()}
+        """perf/tokens_per_s since the last reading (all ranks together) and mem/peak_gib of this process.
+
+        The peak is looked up at most every MEMORY_EVERY_S.
+        """
+        now = time.perf_counter()
+        seconds, done = now - self._since, tokens - self._tokens
+        self._since, self._tokens = now, tokens
+        if now - self._peak_read >= MEMORY_EVERY_S:
+            self._peak, self._peak_read = self._peak_gib(), now
+        return {"perf/tokens_per_s": done / max(seconds, 1e-9), "mem/peak_gib": self._peak}
 
     @contextmanager
     def pause(self) -> Iterator[None]:

@@ -58,7 +58,7 @@ class Progress:
         return best
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**vars(self), "last": dict(self.last)}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Progress:

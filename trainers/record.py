@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,20 +18,17 @@ from pathlib import Path
 from typing import Any, SupportsFloat
 
 from trainers.claim import Guard
+from trainers.row_writer import BLOCK, Row, RowWriter
 
 Value = float | int | str
-Row = dict[str, Any]
 
 HEAD = ("step", "tokens", "time_ms", "phase")
 DIVERGED = "resume/diverged"
 UNCOMPARED = ("perf/", "mem/", "system/", "resume/")  # what the machine did, not what the model did
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # JSON has no numbers for these
 
-ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
-
 REMEMBERED_STEPS = 64  # a metric may come this many logged steps late and still be known as written or not
 REMEMBERED_INCIDENTS = 1000
-BLOCK = 1 << 20  # bytes read at a time
 
 log = logging.getLogger(__name__)
 
@@ -60,12 +56,8 @@ class MetricsRecord:
         self.incidents: list[Incident] = []
         self.diverged = 0
         self._path = path
-        self._guard = guard
         self._warn = warn
-        self._pending: list[bytes] = []  # lines that the disk refused; they go before the next one
-        with guard.held():
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-            self._size = _drop_torn_tail(self._descriptor)
+        self._writer = RowWriter(path, guard, warn)
         self._known = self._replay_window(resume_step)
         """step -> name -> value as written"""
         self._last_known = max(self._known, default=resume_step)
@@ -75,8 +67,8 @@ class MetricsRecord:
     ) -> int:
         """Record what is new at `step`; how many values differ from those recorded before.
 
-        Blocks for one small write. A full disk delays the line and warns; it never loses it while the process lives.
-        Raises Superseded when the run is another's.
+        Waits for no disk: the row is in the file a tenth of a second later (see RowWriter, also for a full disk).
+        Raises what kept earlier rows from being written: Superseded when the run is another's.
         """
         given: dict[str, Value] = {name: _plain(value) for name, value in metrics.items()}
         assert given.keys().isdisjoint(HEAD), "a metric bears the name of a column"
@@ -91,23 +83,23 @@ class MetricsRecord:
                     given[DIVERGED] = len(differing)
         if given:
             when = time.time_ns() // 1_000_000 if time_ms is None else time_ms
-            self._write({"step": step, "tokens": tokens, "time_ms": when, "phase": phase, **given})
+            self._writer.put({"step": step, "tokens": tokens, "time_ms": when, "phase": phase, **given})
             self._know(step, {"tokens": tokens, "phase": phase, **given})
         return len(differing)
 
     def sync(self) -> None:
-        """Make every row durable. Called where a checkpoint is about to make them impossible to replay."""
-        if self._pending:
-            with self._guard.held():
-                self._flush()
-        os.fsync(self._descriptor)
+        """Make every row durable. Called where a checkpoint is about to make them impossible to replay.
+
+        May be called from any thread. Raises OSError where the disk does not take them, and as `append`.
+        """
+        self._writer.sync()
 
     def close(self) -> None:
-        """Let go of the file, after one more try with lines that a full disk refused."""
-        if self._pending:
-            with self._guard.held():
-                self._flush()
-        os.close(self._descriptor)
+        """Write what has come and let go of the file, after one more try with rows that a full disk refused.
+
+        Raises as `append`.
+        """
+        self._writer.close()
 
     # ---- what is known ------------------------------------------------------------------------------
 
@@ -136,34 +128,6 @@ class MetricsRecord:
     def _remember(self, incidents: list[Incident]) -> None:
         self.diverged += len(incidents)
         self.incidents += incidents[: REMEMBERED_INCIDENTS - len(self.incidents)]
-
-    # ---- the file -----------------------------------------------------------------------------------
-
-    def _write(self, row: Row) -> None:
-        line = ENCODER.encode(_strict(row)).encode() + b"\n"
-        with self._guard.held():
-            self._pending.append(line)
-            self._flush()
-
-    def _flush(self) -> None:
-        """Write the pending lines, each by one call; under the guard."""
-        while self._pending:
-            line = self._pending[0]
-            try:
-                written = os.write(self._descriptor, line)
-            except OSError as error:
-                self._refused(error.strerror or str(error))
-                return
-            if written < len(line):
-                os.ftruncate(self._descriptor, self._size)  # half a line must not meet the next one
-                self._refused("no space left")
-                return
-            self._size += written
-            del self._pending[0]
-
-    def _refused(self, reason: str) -> None:
-        if len(self._pending) == 1:
-            self._warn(f"{self._path} cannot be written ({reason}); rows wait in memory until it can")
 
 
 # ---- the reading end -----------------------------------------------------------------------------------
@@ -245,21 +209,6 @@ def _parse(line: bytes) -> Row | None:
     return {name: _number(value) if name not in HEAD else value for name, value in row.items()}
 
 
-def _drop_torn_tail(descriptor: int) -> int:
-    """Truncate after the last newline; the size that remains."""
-    size = end = os.fstat(descriptor).st_size
-    while end:
-        start = max(0, end - BLOCK)
-        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
-        if newline >= 0:
-            end = start + newline + 1
-            break
-        end = start
-    if end < size:
-        os.ftruncate(descriptor, end)
-    return end
-
-
 # ---- values --------------------------------------------------------------------------------------------
 
 
@@ -270,19 +219,8 @@ def _plain(value: SupportsFloat | str) -> Value:
     return int(value) if isinstance(value, (bool, int)) else float(value)
 
 
-def _strict(row: Row) -> Row:
-    return {
-        name: _text(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in row.items()
-    }
-
-
 def _number(value: Any) -> Any:
     return NON_FINITE.get(value, value) if isinstance(value, str) else value
-
-
-def _text(value: float) -> str:
-    return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
 
 
 def _differences(step: int, known: Mapping[str, Value], given: Mapping[str, Value]) -> list[Incident]:

@@ -89,6 +89,12 @@ class Run:
         )
         self.record: MetricsRecord | None = None
         self._environment = environment(self.device, ctx.world_size, config.compile)
+        self._constant_meta = {
+            "environment": self._environment,
+            "model": config.model.model_dump(),
+            "vocab_size": config.model.vocab_size or self.data.tokenizer.vocab_size,
+            "tokenizer": self.data.tokenizer.fingerprint,
+        }
         self._resumed_in_phase: Checkpoint | None = None
         self._last_save = time.monotonic()
         self.meter = Meter(self.device)
@@ -274,11 +280,8 @@ class Run:
             "progress": self.progress.to_json(),
             "engine": self.engine.state(),
             "loader": phase.loader.state(),
-            "environment": self._environment,
-            "model": self.config.model.model_dump(),
-            "vocab_size": self.config.model.vocab_size or self.data.tokenizer.vocab_size,
-            "tokenizer": self.data.tokenizer.fingerprint,
             "tracking": self.ctx.tracking,
+            **self._constant_meta,
         }
         self.store.save(self.progress.step, self._files(), meta, best=best, wait=wait)
 
@@ -311,8 +314,18 @@ class Run:
     def _end(self, state: str, reason: str) -> Outcome:
         outcome = Outcome(state, reason, self.progress.step, self.progress.tokens, dict(self.progress.last))
         if self.rank == 0:
+            self._finish_record(state)
             write_outcome(self.ctx, outcome)
         return outcome
+
+    def _finish_record(self, state: str) -> None:
+        """The rows come before the word that the run has ended; without them it has not finished."""
+        try:
+            self._sync_record()
+        except OSError as error:
+            if state == "finished":
+                raise
+            self.ctx.note(f"rows since the last checkpoint could not be written ({error}); the next attempt makes them")
 
     def close(self) -> None:
         """Let a save in flight become durable, whatever ended the loop."""

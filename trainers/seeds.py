@@ -41,10 +41,10 @@ def rng_tensors() -> dict[str, torch.Tensor]:
     kind, keys, position, has_gauss, cached = cast(tuple[str, np.ndarray, int, int, float], np.random.get_state())
     assert kind == "MT19937"
     tensors = {
-        "rng/python": torch.tensor(words, dtype=torch.int64),
-        "rng/python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "rng/numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
-        "rng/numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+        "rng/python": torch.from_numpy(np.array(words, dtype=np.int64)),
+        "rng/python_gauss": torch.from_numpy(np.array([] if gauss is None else [gauss], dtype=np.float64)),
+        "rng/numpy": torch.from_numpy(np.append(keys, [position, has_gauss]).astype(np.int64)),
+        "rng/numpy_gauss": torch.from_numpy(np.array([cached], dtype=np.float64)),
         "rng/torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():

@@ -14,7 +14,6 @@ from benchmarks.workload import QUIET, BareJob, our_loop
 from trainers.config import RunConfig
 from trainers.config_io import override
 from trainers.presets import PRESETS
-from trainers.record import series
 
 STEPS = 20
 
@@ -32,7 +31,7 @@ def test_our_loop_computes_what_a_bare_one_computes(tmp_path: Path, dropout: flo
             ours.steps(5)
             for _ in range(5):
                 bare.step()
-        logged = [np.float32(value) for _, value in series(tmp_path / "run" / "metrics.jsonl", "train/loss")]
+        logged = [np.float32(value) for _, value in ours.logged("train/loss")]
         assert logged == [np.float32(value) for value in bare.losses]
         weights = zip(ours.run.model.parameters(), bare.model.parameters(), strict=True)
         assert all(torch.equal(mine, theirs) for mine, theirs in weights)
@@ -46,7 +45,7 @@ def test_a_single_other_row_shows(tmp_path: Path) -> None:
         ours.steps(10)
         for _ in range(10):
             bare.step()
-        ((_, logged),) = series(tmp_path / "run" / "metrics.jsonl", "train/loss")
+        ((_, logged),) = ours.logged("train/loss")
         assert np.float32(logged) != np.float32(bare.losses[0])
 
 

@@ -67,6 +67,8 @@ class Scripted(LocalContext):
             return None
         step = current_step()
         if step == self.plan.kill_at:
+            if self.plan.rows_arrived:
+                RUNS[-1]._sync_record()
             os.kill(os.getpid(), signal.SIGKILL)
         return "test" if step == self.plan.stop_at else None
 

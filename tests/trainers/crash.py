@@ -31,6 +31,8 @@ class Plan:
     """ask for a stop before the update after this step"""
     kill_at: int | None = None
     """SIGKILL before the update after this step"""
+    rows_arrived: bool = False
+    """whether that kill waits until the rows before it have left the process, which takes a tenth of a second"""
     kill_in_save: int | None = None
     """SIGKILL at this file operation of the checkpoint writer"""
     sabotage: str | None = None

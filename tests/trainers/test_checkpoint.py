@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,14 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trainers.checkpoint import CheckpointStore
+from trainers.checkpoint import NICENESS, CheckpointStore
 from trainers.claim import Claim, Guard
 from trainers.environment import environment, explain_difference
 from trainers.errors import CheckpointError, Superseded, TrainingFailed
 from trainers.filesystem import Filesystem
 from trainers.manifest import MANIFEST, FileEntry, Manifest, sound_checkpoints, step_name
 from trainers.safetensors_io import DTYPES, file_size, raw_bytes, read_safetensors, write_safetensors
-from trainers.snapshot import SnapshotBuffer
+from trainers.snapshot import PIECE, SMALL, WORTH_HELP, SnapshotBuffer
 
 Tensors = dict[str, torch.Tensor]
 
@@ -192,6 +193,34 @@ def test_the_snapshot_memory_is_reused_and_follows_a_new_layout() -> None:
     assert same(buffer.copy(transposed), {name: tensor.detach().contiguous() for name, tensor in transposed.items()})
     larger = {"t": torch.randn(1000)}
     assert same(buffer.copy(larger), larger) and buffer.size_bytes > reserved
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_several_threads_copy_every_byte(threads: int) -> None:
+    sizes = [1, SMALL, SMALL + 1, PIECE, PIECE + 1, 3 * PIECE - 1]
+    assert sum(sizes) > WORTH_HELP
+    buffer: SnapshotBuffer[int] = SnapshotBuffer()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(seed)
+            live = {n: torch.randint(0, 256, (n,), dtype=torch.uint8, generator=generator) for n in sizes}
+            copies = buffer.copy(live)
+            assert all(torch.equal(copies[n], live[n]) for n in sizes)
+        live[PIECE + 1][-1] += 1  # negative control: they are copies, and the last byte counts
+        assert not torch.equal(copies[PIECE + 1], live[PIECE + 1])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread's own priority")
+def test_the_writer_stands_back_and_the_training_does_not(directory: Path, guard: Guard) -> None:
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    store = CheckpointStore(directory, guard)
+    assert store._writer.submit(os.getpriority, os.PRIO_PROCESS, 0).result() == min(own + NICENESS, 19)
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own
+    store.close()
 
 
 def test_never_two_saves_in_flight(directory: Path, guard: Guard) -> None:

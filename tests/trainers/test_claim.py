@@ -126,6 +126,7 @@ def test_a_killed_drivers_worker_writes_nothing_after_the_next_claim(tmp_path: P
     # Negative control: under the new claim the same writes do go through.
     record = MetricsRecord(tmp_path / "metrics.jsonl", Guard.begin_attempt(tmp_path, claim.generation), resume_step=0)
     record.append(10**7, 1, "main", {"train/loss": 1.0})
+    record.close()
     assert written(tmp_path) != at_claim
 
 
@@ -141,11 +142,14 @@ def test_without_the_check_the_old_worker_does_write(tmp_path: Path, monkeypatch
         old = Guard.begin_attempt(tmp_path, claim.generation)
         record = MetricsRecord(tmp_path / "metrics.jsonl", old, resume_step=0)
     with Claim.acquire(tmp_path):
+        record.append(1, 1, "main", {"train/loss": 1.0})
         with pytest.raises(Superseded):
-            record.append(1, 1, "main", {"train/loss": 1.0})
+            record.close()
         assert written(tmp_path)[1] == 0
         monkeypatch.setattr(Guard, "_require_current", lambda self: None)
+        record = MetricsRecord(tmp_path / "metrics.jsonl", old, resume_step=0)
         record.append(1, 1, "main", {"train/loss": 1.0})
+        record.close()
         assert written(tmp_path)[1] == 1
 
 

@@ -42,14 +42,15 @@ def test_stopping_is_invisible(config: RunConfig, whole: Ending, tmp_path: Path,
 
 @pytest.mark.parametrize("step", range(0, STEPS, 2))
 def test_being_killed_is_invisible(config: RunConfig, whole: Ending, tmp_path: Path, step: int) -> None:
-    assert killed(attempt(config, tmp_path / "run", Plan(kill_at=step)))
+    """Before the rows since the checkpoint are written, and, every other time, after."""
+    assert killed(attempt(config, tmp_path / "run", Plan(kill_at=step, rows_arrived=step % 4 == 0)))
     assert_same(finished(attempt(config, tmp_path / "run")), whole)
 
 
 def test_being_killed_three_times_and_stopped_once_is_invisible(
     config: RunConfig, whole: Ending, tmp_path: Path
 ) -> None:
-    for plan in (Plan(kill_at=4), Plan(kill_at=4), Plan(stop_at=7), Plan(kill_at=10)):
+    for plan in (Plan(kill_at=4, rows_arrived=True), Plan(kill_at=4), Plan(stop_at=7), Plan(kill_at=10)):
         attempt(config, tmp_path / "run", plan)
     assert_same(finished(attempt(config, tmp_path / "run")), whole)
 
@@ -94,7 +95,7 @@ def test_a_streamed_mixture_goes_on_where_it_stood(local_hub: HubServer, tmp_pat
 @pytest.mark.parametrize("piece", ["moments", "cursor"])
 def test_withholding_a_piece_of_state_is_noticed(config: RunConfig, whole: Ending, tmp_path: Path, piece: str) -> None:
     """The negative control: without the piece, neither the bits nor the metrics agree."""
-    attempt(config, tmp_path / "run", Plan(kill_at=8))
+    attempt(config, tmp_path / "run", Plan(kill_at=8, rows_arrived=True))
     crooked = finished(attempt(config, tmp_path / "run", Plan(sabotage=piece)))
     assert crooked.digest != whole.digest
     assert any("resume/diverged" in row for row in crooked.rows)

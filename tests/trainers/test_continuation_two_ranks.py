@@ -58,7 +58,9 @@ def test_stopping_is_invisible(config: RunConfig, whole: Ending, tmp_path: Path,
     assert_same(finished(attempt(config, tmp_path / "run")), whole)
 
 
-@pytest.mark.parametrize("plan", [Plan(kill_at=7, rank=1), Plan(kill_at=8, rank=0)], ids=["rank 1", "rank 0"])
+@pytest.mark.parametrize(
+    "plan", [Plan(kill_at=7, rank=1), Plan(kill_at=8, rank=0, rows_arrived=True)], ids=["rank 1", "rank 0"]
+)
 def test_a_killed_rank_is_invisible(config: RunConfig, whole: Ending, tmp_path: Path, plan: Plan) -> None:
     assert killed(attempt(config, tmp_path / "run", plan))
     assert_same(finished(attempt(config, tmp_path / "run")), whole)
@@ -120,7 +122,7 @@ def test_withholding_a_piece_from_one_rank_is_noticed(
     config: RunConfig, whole: Ending, tmp_path: Path, piece: str
 ) -> None:
     """The negative control: rank 1 alone lacks the piece, and neither the bits nor the metrics agree."""
-    assert killed(attempt(config, tmp_path / "run", Plan(kill_at=8, rank=1)))
+    assert killed(attempt(config, tmp_path / "run", Plan(kill_at=8, rank=0, rows_arrived=True)))
     crooked = finished(attempt(config, tmp_path / "run", Plan(sabotage=piece, rank=1)))
     assert crooked.tensors != whole.tensors
     assert any("resume/diverged" in row for row in crooked.rows)
