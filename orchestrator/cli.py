@@ -18,7 +18,7 @@ import typer
 from rich.text import Text
 
 from orchestrator.console import err, open_streams, silence
-from orchestrator.verbs import finders, records, text, training
+from orchestrator.verbs import finders, records, report, sweeps, text, training
 from trainers.errors import Superseded, TrainingFailed, UserError
 
 DONE, INTERNAL, BAD_INPUT, FAILED, STOPPED = 0, 1, 2, 3, 75
@@ -43,6 +43,8 @@ VERBS: tuple[Callable[..., int], ...] = (
     training.plan,
     training.show,
     training.presets,
+    sweeps.tune,
+    report.report,
     finders.find_lr,
     finders.find_batch,
     text.generate,
@@ -95,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return DONE
     except KeyboardInterrupt as stop:
         _say("stopped", "by Ctrl-C." if str(stop) in ("", "SIGINT") else f"by {stop}.")
-        return STOPPED if typed[:1] == ["train"] and "--dry-run" not in typed else INTERRUPTED
+        return STOPPED if typed[:1] in (["train"], ["tune"]) and "--dry-run" not in typed else INTERRUPTED
     except UserError as error:
         _say("error", str(error))
         return BAD_INPUT

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -61,6 +61,8 @@ class Display:
         self._last_line = -math.inf
         self._last_refresh = -math.inf
         self._dirty = False
+        self.view: Callable[[int], RenderableType] | None = None
+        """draws something else than one run's progress, for a terminal of so many columns"""
         self._live: Live | None = None
         if terminal:
             self._live = Live(console=self._console, auto_refresh=False, transient=True, redirect_stdout=False,
@@ -96,6 +98,10 @@ class Display:
         """An event worth a line of its own: a restart, a warning, a wait."""
         for line in text.splitlines():
             self._line(Text(plain(line)))
+
+    def idle(self) -> None:
+        """What `status` said is over, and nothing else has begun."""
+        self._activity, self._dirty = None, True
 
     def status(self, text: str) -> None:
         """What is going on before, between and after the steps; replaced by the next row or status."""
@@ -207,6 +213,8 @@ class Display:
             done, total = self._fraction or (0.0, 0.0)
             right = f"{done / total:.0%}  {waited}" if total else waited
             return Group(self._bar(plain(self._activity), (done, total), right, width))
+        if self.view is not None:
+            return Group(self.view(width))
         total = self.total_steps or 0
         of = f"/{count(total)}" if total else ""
         name = self._phase if self._phase not in ("", "main") else "training"

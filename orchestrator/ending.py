@@ -34,7 +34,7 @@ def failure(reason: str) -> Exception:
     kind, _, text = reason.partition(": ")
     if kind == "bad_input":
         return UserError(text)
-    return TrainingFailed(text if kind == "training_failed" else reason)
+    return TrainingFailed(text if kind in ("training_failed", "nonfinite") else reason)
 
 
 def brief(error: BaseException | None) -> str:

@@ -120,6 +120,12 @@ def confined(runs_dir: Path, name: str) -> Path:
 
 def write_identity(experiment: Experiment, **more: Any) -> None:
     """Write config.yaml and identity.json (temp + rename); `more` is kept beside what stands there."""
+    write_atomically(experiment.run_dir / "config.yaml", dump_yaml(experiment.config))
+    amend_identity(experiment, **more)
+
+
+def amend_identity(experiment: Experiment, **more: Any) -> None:
+    """Write identity.json alone, with `more` beside what stands there."""
     identity = {
         **experiment.identity,
         "created": experiment.identity.get("created") or datetime.now(UTC).isoformat(timespec="seconds"),
@@ -129,7 +135,6 @@ def write_identity(experiment: Experiment, **more: Any) -> None:
         "init_from": experiment.config.init_from,
         **more,
     }
-    write_atomically(experiment.run_dir / "config.yaml", dump_yaml(experiment.config))
     write_atomically(experiment.run_dir / IDENTITY, json.dumps(identity, indent=1) + "\n")
 
 

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -71,7 +71,11 @@ class Feeder:
         *,
         say: Callable[[str], None] = logging.getLogger(__name__).warning,
         system_every_s: float | None = None,
+        of_a_trial: bool = False,
+        params: Mapping[str, Any] | None = None,
     ):
+        """`of_a_trial`: its scores stand besides by tokens, so that batch sizes compare, and the machine's figures are
+        left out (they are those of all trials together). `params`: sent before the first row."""
         self._metrics_path = metrics_path
         self._phases = list(phases)
         self._run = run
@@ -80,7 +84,9 @@ class Feeder:
         self._say = say
         self._position = read_position(state_path, metrics_path, run.run_id)
 
-        self._system_every_s = system_every_s or system_interval_s()
+        self._params = params
+        self._by_tokens = of_a_trial
+        self._system_every_s = None if of_a_trial else system_every_s or system_interval_s()
         self._system: deque[Row] = deque(maxlen=SYSTEM_SAMPLES_KEPT)
         self._system_step = run.next_system_step
 
@@ -133,6 +139,7 @@ class Feeder:
         if self._refused:
             return True
         try:
+            self._send_params()
             self._send_rows()
             self._send_system()
         except (TrackingUnavailable, OSError) as error:  # OSError: no room for the position; nothing is lost by it
@@ -148,12 +155,18 @@ class Feeder:
         self._note_presence()
         return True
 
+    def _send_params(self) -> None:
+        if self._params is not None:
+            self._run.log_params(self._params)
+            self._params = None
+
     def _send_rows(self) -> None:
         """Send the record to its present end, or until the time to close has run out, some rows at a time."""
         waiting = read_rows(self._metrics_path, offset=self._position.offset)
         while not self._out_of_time() and (chunk := list(islice(waiting, CHUNK_ROWS))):
+            scores = by_tokens(row for row, _ in chunk) if self._by_tokens else []
             rows = self._once([row for row, _ in chunk])
-            self._run.log_metrics(rows)
+            self._run.log_metrics([*rows, *scores])
             for name, run in self._phase_runs.items():
                 run.log_metrics([row for row in rows if self._phase_of(row) == name])
             highest = max(self._position.step, *(row["step"] for row in rows))
@@ -197,6 +210,15 @@ class Feeder:
             self._say("MLflow is back and has every row.")
         self._problem = None
         self._backoff_s = self._retry_at = 0.0
+
+
+def by_tokens(rows: Iterable[Row]) -> list[Row]:
+    """The scores among the rows once more as `by_tokens/NAME`, with the tokens trained on for a step."""
+    return [
+        {"step": row["tokens"], "time_ms": row["time_ms"], **{f"by_tokens/{name}": row[name] for name in scores}}
+        for row in rows
+        if (scores := [name for name in row if name.startswith("val/")])
+    ]
 
 
 # ---- how far the record has been sent ---------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from orchestrator.preflight import check_device, check_model
 from orchestrator.ray_cluster import Resources, ray_cluster, resources_per_worker
 from orchestrator.ray_trainer import WORKER_RESTARTS, Fit, while_it_gets_further
 from orchestrator.signals import StopSignals
-from orchestrator.tracker import Tracker, owes
+from orchestrator.tracker import OpeningStore, Tracker, owes
 from trainers.claim import Claim
 from trainers.config import RunConfig
 from trainers.context import STOP_REQUEST, request_stop
@@ -55,7 +55,7 @@ def already_finished(experiment: Experiment, request: Request) -> int:
         outcome = experiment.outcome
         assert outcome is not None
         with Claim.acquire(experiment.run_dir, say=say):
-            tracker = Tracker(experiment, request.runs_dir, say)
+            tracker = Tracker(experiment, OpeningStore(request.runs_dir), say)
             tracker.open()
             notes += pending(tracker.close(outcome))
     show_closing(experiment, request, None, notes)
@@ -91,7 +91,7 @@ class Driver:
             check_model(self.config, data.tokenizer.vocab_size)
             self._clean_up_after_the_last_claim()
             # Only now: a text that is refused leaves no store behind. It opens while Ray starts.
-            tracker = Tracker(self.experiment, self.request.runs_dir, self.display.note)
+            tracker = Tracker(self.experiment, OpeningStore(self.request.runs_dir), self.display.note)
             phases = planned_phases(self.config, data)
             self.display.total_steps = sum(phase.steps for phase in phases)
             for note in warmups_beyond_epochs(self.config, phases):

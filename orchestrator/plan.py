@@ -137,7 +137,7 @@ def plan_phase(config: RunConfig, spec: Phase, steps_per_epoch: int | None) -> P
             f"of {config.sequence_length} tokens. Use more text, or lower batch.sequences or data.sequence_length."
         )
     steps = phase_steps(spec.budget, tokens_per_step=config.tokens_per_step, steps_per_epoch=steps_per_epoch)
-    interval = evaluation_interval(config.evaluation, steps_per_epoch)
+    interval = evaluation_interval(config.evaluation, steps_per_epoch) or _steps_of_tokens(config)
     return PhasePlan(
         name=spec.name,
         steps=steps,
@@ -146,6 +146,12 @@ def plan_phase(config: RunConfig, spec: Phase, steps_per_epoch: int | None) -> P
         steps_per_epoch=steps_per_epoch,
         evaluations=1 + ((steps - 1) // interval if interval else 0),
     )
+
+
+def _steps_of_tokens(config: RunConfig) -> int | None:
+    """Steps between two evaluations that come by tokens."""
+    every = config.evaluation.every_tokens
+    return None if every is None else max(1, every // config.tokens_per_step)
 
 
 def optimizer_values(optim: OptimConfig) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 REDACTED = "[redacted]"
 
@@ -42,7 +42,11 @@ def is_secret_name(key: str) -> bool:
 
 def redact(text: str) -> str:
     """`text` without known token shapes, passwords in URLs and the values of secret environment variables."""
-    for secret in _environment_secrets():
+    return _without(text, _environment_secrets())
+
+
+def _without(text: str, secrets: Sequence[str]) -> str:
+    for secret in secrets:
         text = text.replace(secret, REDACTED)
     text = _SECRET_VALUES.sub(REDACTED, text)
     for pattern, replacement in _SECRET_CONTEXTS:
@@ -52,7 +56,10 @@ def redact(text: str) -> str:
 
 def redact_mapping(values: Mapping[str, str]) -> dict[str, str]:
     """The same keys; the value of a secret name is gone, every other value is `redact`ed."""
-    return {key: REDACTED if value and is_secret_name(key) else redact(value) for key, value in values.items()}
+    secrets = _environment_secrets()
+    return {
+        key: REDACTED if value and is_secret_name(key) else _without(value, secrets) for key, value in values.items()
+    }
 
 
 def _environment_secrets() -> list[str]:

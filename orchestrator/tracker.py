@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.experiment import Experiment, abandoned, write_identity
+from orchestrator.experiment import Experiment, abandoned, amend_identity
 from orchestrator.provenance import describe_environment
 from orchestrator.redaction import redact
 from trainers.record import last_row
@@ -22,60 +23,92 @@ DELIVERED = "logs/delivered.json"
 CLOSE_S = 20.0  # patience with a store that is away when the run has ended
 
 
-class Tracker:
-    """The run in MLflow, its phases' runs, and the feeder that sends the record on."""
+class OpeningStore:
+    """The store of a runs folder, opened on a thread of its own."""
 
-    def __init__(self, experiment: Experiment, runs_dir: Path, say: Callable[[str], None]):
-        self.experiment = experiment
-        self._say = say
+    def __init__(self, runs_dir: Path):
         self._store: Store | None = None
         self._error: BaseException | None = None
-        self._run: TrackedRun | None = None
-        self._phases: dict[str, TrackedRun] = {}
-        self._feeder: Feeder | None = None
-        self._opening = threading.Thread(target=self._open_store, args=(runs_dir,), name="open-mlflow", daemon=True)
-        self._opening.start()
+        self._thread = threading.Thread(target=self._open, args=(runs_dir,), name="open-mlflow", daemon=True)
+        self._thread.start()
 
-    def _open_store(self, runs_dir: Path) -> None:
+    def get(self) -> Store:
+        """Wait for it; raises UserError when the store cannot be used."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        assert self._store is not None
+        return self._store
+
+    def _open(self, runs_dir: Path) -> None:
         try:
             from orchestrator.tracking import open_store
 
             self._store = open_store(runs_dir)
-        except BaseException as error:  # raised again in `open`, on the driver's thread
+        except BaseException as error:  # raised again in `get`, on the driver's thread
             self._error = error
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Where a trial's run belongs: below its sweep's."""
+
+    parent_run_id: str
+    tags: dict[str, str]
+    """with those of the environment, which is its sweep's"""
+    is_new: bool
+    """nobody has begun it before"""
+
+
+class Tracker:
+    """The run in MLflow, its phases' runs, and the feeder that sends the record on."""
+
+    def __init__(
+        self, experiment: Experiment, opening: OpeningStore, say: Callable[[str], None], nested: Nested | None = None
+    ):
+        self.experiment = experiment
+        self._say = say
+        self._opening = opening
+        self._nested = nested
+        self._store: Store | None = None
+        self._run: TrackedRun | None = None
+        self._phases: dict[str, TrackedRun] = {}
+        self._feeder: Feeder | None = None
 
     def open(self) -> None:
         """Attach to this run's MLflow run or begin it; raises UserError when the store cannot be used."""
-        self._opening.join()
-        if self._error is not None:
-            raise self._error
-        assert self._store is not None
+        self._store = self._opening.get()
         from orchestrator.feeder import Feeder
 
         experiment, identity = self.experiment, self.experiment.identity
+        nested = self._nested
         tags = {
-            **describe_environment(),
+            **(nested.tags if nested else describe_environment()),
             "preset": experiment.config.preset,
             "precision": experiment.config.precision.compute,
             "fingerprint": experiment.fingerprint,
             "tokenizer.fingerprint": identity["tokenizer"],
             "run_path": str(experiment.run_dir),
         }
+        params = {
+            **experiment.config.model_dump(mode="json"),
+            "corpus": identity["data"],
+            "fingerprint": experiment.fingerprint,
+        }
+        params_later = nested is not None and nested.is_new
         system = experiment.config.preset.split("/")[0]
         self._run = self._store.open_run(
             system,
             experiment.name,
             run_id=identity.get("mlflow_run_id"),
             tags=tags,
-            params={
-                **experiment.config.model_dump(mode="json"),
-                "corpus": identity["data"],
-                "fingerprint": experiment.fingerprint,
-            },
+            params={} if params_later else params,
+            parent_run_id=nested.parent_run_id if nested else None,
+            is_new=nested is not None and nested.is_new,
         )
         self._open_phases(system, identity.get("mlflow_phase_run_ids", {}))
         phase_ids = {name: run.run_id for name, run in self._phases.items()}
-        write_identity(
+        amend_identity(
             experiment,
             tracking_uri=redact(self._store.uri),
             mlflow_run_id=self._run.run_id,
@@ -89,6 +122,8 @@ class Tracker:
             self._phases,
             experiment.run_dir / DELIVERED,
             say=self._say,
+            of_a_trial=nested is not None,
+            params=params if params_later else None,
         )
         self._feeder.start()
 
@@ -111,6 +146,16 @@ class Tracker:
                 parent_run_id=self._run.run_id,
             )
 
+    def log_last(self, metrics: dict[str, float]) -> None:
+        """Note figures about the whole run at its last step; a store that is away does without them."""
+        from orchestrator.tracking import TrackingRefused, TrackingUnavailable
+
+        row = last_row(self.experiment.run_dir / "metrics.jsonl") or {}
+        if self._run is not None:
+            with contextlib.suppress(TrackingUnavailable, TrackingRefused):
+                at = {"step": row.get("step", 0), "time_ms": row.get("time_ms", 0)}
+                self._run.log_metrics([{**at, **metrics}])
+
     def close(self, outcome: dict[str, Any]) -> Delivered | None:
         """Send what is left with the plots, samples and links, and end the run truthfully; never raises for a store
         that is away: what could not be sent stays in the record, and the same command sends it later."""
@@ -121,10 +166,10 @@ class Tracker:
         delivered = self._feeder.close(CLOSE_S)
         with contextlib.suppress(TrackingUnavailable, TrackingRefused):
             self._send_files(self._run)
-            reason = "error" if outcome["state"] == "failed" else outcome["reason"]
+            reason = outcome.get("stop_reason") or ("error" if outcome["state"] == "failed" else outcome["reason"])
             self._end_phases(outcome["state"], reason)
             self._run.finish(END_STATES[outcome["state"]], reason)
-            write_identity(self.experiment, mlflow_ended=True)
+            amend_identity(self.experiment, mlflow_ended=True)
         return delivered
 
     def end_abandoned(self) -> None:

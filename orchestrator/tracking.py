@@ -188,21 +188,23 @@ class Store:
         tags: Mapping[str, str],
         params: Mapping[str, Any],
         parent_run_id: str | None = None,
+        is_new: bool = False,
     ) -> TrackedRun:
         """Go on with `run_id` where the store has it, else with a run that was begun and never used, else a new one.
 
         The run is RUNNING afterwards. A param that changed keeps its first value, and the new one stands in the tag
-        `param_update.NAME`. MLFLOW_EXPERIMENT_NAME wins over `experiment`. Raises UserError where the store fails.
+        `param_update.NAME`. `is_new`: it was surely not begun before, so that nothing is looked for.
+        MLFLOW_EXPERIMENT_NAME wins over `experiment`. Raises UserError where the store fails.
         """
         experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment
         tags = redact_mapping({key: str(value) for key, value in tags.items()})
         tags |= {PARENT: parent_run_id} if parent_run_id else {}
         try:
             with _translated():
-                found = self._find(experiment, run_name, run_id, tags)
+                found = None if is_new else self._find(experiment, run_name, run_id, tags)
                 run = found or self._create(experiment, run_name, tags)
                 tracked = TrackedRun(self, run, attached=found is not None)
-                tracked._begin(run, tags, redact_mapping(flatten(params)))
+                tracked._begin(run, tags, params)
         except (TrackingUnavailable, TrackingRefused) as error:
             raise UserError(f"the MLflow store {redact(self.uri)} cannot be used: {error}. {WAY_OUT}") from error
         return tracked
@@ -223,9 +225,9 @@ class Store:
         return run
 
     def _find_unused(self, experiment: str, run_name: str, tags: Mapping[str, str]) -> Run | None:
-        """A phase's run of this parent; or a run of this folder whose driver died before it could note the id."""
+        """A run of this folder whose driver died before it could note the id; or a phase's run of this parent."""
         known = self.client.get_experiment_by_name(experiment)
-        by = PARENT if PARENT in tags else RUN_PATH
+        by = RUN_PATH if RUN_PATH in tags else PARENT
         if known is None or by not in tags or {'"', "'"} <= set(tags[by]):
             return None
         quote = '"' if "'" in tags[by] else "'"  # MLflow's filters know no escape
@@ -283,15 +285,11 @@ class TrackedRun:
         steps = [metric.step for metric in run.data._metric_objs if metric.key.startswith("system/")]
         self.next_system_step: int = max(steps, default=-1) + 1
 
-    def _begin(self, run: Run, tags: Mapping[str, str], params: Mapping[str, str]) -> None:
-        from mlflow.entities import Param
-
+    def _begin(self, run: Run, tags: Mapping[str, str], params: Mapping[str, Any]) -> None:
         if run.info.status != "RUNNING":
             self.store.client.update_run(self.run_id, status="RUNNING")
-        wanted = {legal_name(key): clip(value, MAX_PARAM_CHARS) for key, value in params.items()}
-        new = [Param(key, value) for key, value in wanted.items() if key not in run.data.params]
-        for batch in batches(new, MAX_PARAMS):
-            self.store.client.log_batch(self.run_id, params=batch)
+        wanted = _legal_params(params)
+        self._log_params({key: value for key, value in wanted.items() if key not in run.data.params})
         updates = {
             f"param_update.{key}": value
             for key, value in wanted.items()
@@ -299,6 +297,17 @@ class TrackedRun:
         }
         if self.attached:
             self.set_tags({**tags, **updates})
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """The settings of a run that has none yet."""
+        with _translated():
+            self._log_params(_legal_params(params))
+
+    def _log_params(self, legal: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        for batch in batches([Param(key, value) for key, value in legal.items()], MAX_PARAMS):
+            self.store.client.log_batch(self.run_id, params=batch)
 
     def url_hint(self) -> str:
         """Where to look at this run: its address, and before that the command that serves it where no server runs."""
@@ -367,6 +376,12 @@ def close_orphan(store: Store, run_id: str, reason: str) -> bool:
     for one in left:
         TrackedRun(store, one, attached=True).finish("KILLED", reason)
     return run in left
+
+
+def _legal_params(params: Mapping[str, Any]) -> dict[str, str]:
+    """Flat, without secrets, as MLflow takes them."""
+    flat = redact_mapping(flatten(params))
+    return {legal_name(key): clip(value, MAX_PARAM_CHARS) for key, value in flat.items()}
 
 
 def _metrics_of(row: Mapping[str, Any]) -> list[Metric]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,19 @@ log = logging.getLogger(__name__)
 
 
 def work(job: dict[str, Any]) -> None:
-    """One rank's part of a run. `job` is plain data: config, run_dir, cache_dir, generation, threads.
+    """One rank's part of a run under Ray Train."""
+
+    def open_context() -> Any:
+        context = ray_context(Path(job["run_dir"]), Path(job["cache_dir"]), job["generation"])
+        if context.rank == 0 and context.guard.attempt > 1 and not (context.run_dir / OUTCOME).exists():
+            context.note("a worker died: all of them start again from the newest checkpoint")
+        return context
+
+    attempt(job, open_context)
+
+
+def attempt(job: dict[str, Any], open_context: Callable[[], Any]) -> None:
+    """Train from wherever the run stands. `job` is plain data: config, run_dir, cache_dir, generation, threads.
 
     What a person must mend (bad input, a training that cannot go on) ends the job in outcome.json and is no reason to
     restart; anything else is raised, and Ray restarts the workers from the last checkpoint.
@@ -23,19 +36,19 @@ def work(job: dict[str, Any]) -> None:
 
     torch.set_num_threads(job["threads"])  # Ray's default is one thread per worker
     from trainers.config import RunConfig
-    from trainers.errors import Superseded, TrainingFailed, UserError
+    from trainers.errors import NonFinite, Superseded, TrainingFailed, UserError
     from trainers.loop import train
 
-    context = ray_context(Path(job["run_dir"]), Path(job["cache_dir"]), job["generation"])
+    context = open_context()
     context.tracking = job["tracking"]
     if (context.run_dir / OUTCOME).exists():  # the run ended, and a worker died after that: nothing is left to do
         return
-    if context.rank == 0 and context.guard.attempt > 1:
-        context.note("a worker died: all of them start again from the newest checkpoint")
     try:
         train(RunConfig.model_validate(job["config"]), context)
     except Superseded as superseded:
         log.warning("%s", superseded)  # not into the run's folder, which is another's now
+    except NonFinite as error:
+        _end_in_failure(context, f"nonfinite: {error}")
     except (UserError, TrainingFailed) as error:
         _end_in_failure(context, f"{'bad_input' if isinstance(error, UserError) else 'training_failed'}: {error}")
     except Exception as error:

@@ -31,7 +31,10 @@ FORBIDDEN: dict[str, set[str]] = {
 DOORS: dict[str, tuple[str, ...]] = {
     "mlflow": ("orchestrator/tracking.py", "orchestrator/tracked.py"),
     "matplotlib": ("orchestrator/plots.py", "orchestrator/finder_plots.py", "orchestrator/sweeps/figures"),
-    "ray": ("orchestrator/ray_cluster.py", "orchestrator/ray_trainer.py", "orchestrator/worker.py", "cluster/"),
+    "ray": (
+        *("orchestrator/ray_cluster.py", "orchestrator/ray_trainer.py", "orchestrator/worker.py"),
+        *("orchestrator/sweeps/tuning.py", "cluster/"),
+    ),
     "deepspeed": ("trainers/deepspeed_engine.py",),
     "bitsandbytes": ("trainers/precision.py",),
 }

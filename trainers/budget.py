@@ -37,6 +37,11 @@ def evaluation_interval(evaluation: EvaluationConfig, steps_per_epoch: int | Non
     return epochs_to_steps(evaluation.every_epochs, steps_per_epoch)
 
 
+def reaches_multiple(tokens: int, *, every: int, tokens_per_step: int) -> bool:
+    """Whether the step that brought the run to `tokens` crossed a multiple of `every`."""
+    return tokens // every > (tokens - tokens_per_step) // every
+
+
 def saving_interval(saving: CheckpointConfig, steps_per_epoch: int | None) -> int | None:
     """Updates of a phase between two saves by epochs; None: there are none (epochs of a stream have no length)."""
     if saving.every_epochs is None or steps_per_epoch is None:

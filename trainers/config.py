@@ -238,7 +238,7 @@ class RunConfig(Frozen):
 EXCLUSIVE: dict[type[Frozen], tuple[str, ...]] = {
     BudgetConfig: ("steps", "tokens", "epochs"),
     BatchConfig: ("sequences", "tokens"),
-    EvaluationConfig: ("every_steps", "every_epochs"),
+    EvaluationConfig: ("every_steps", "every_epochs", "every_tokens"),
 }
 
 

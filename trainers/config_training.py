@@ -71,12 +71,15 @@ class EvaluationConfig(Frozen):
 
     every_steps: PositiveInt | None = None
     every_epochs: PositiveFloat | None = 1.0
+    every_tokens: PositiveInt | None = None  # over the whole run: at the first step that reaches each multiple
     max_tokens: PositiveInt | None = None  # the first so many validation tokens; None: all of them
 
     @model_validator(mode="after")
     def _one_cadence(self) -> EvaluationConfig:
-        if self.every_steps is not None and self.every_epochs is not None:
-            raise ValueError("evaluation: set every_steps or every_epochs, not both.")
+        cadences = ("every_steps", "every_epochs", "every_tokens")
+        given = [name for name in cadences if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"evaluation: set one of {', '.join(cadences)}; got {' and '.join(given)}.")
         return self
 
 
@@ -105,6 +108,7 @@ class CheckpointConfig(Frozen):
     every_steps: PositiveInt | None = None
     every_epochs: PositiveFloat | None = None
     every_minutes: PositiveFloat | None = 5.0
+    at_evaluations: bool = False  # after each evaluation too
     keep_last_n: PositiveInt = 3
     save_best: bool = True  # keeps the checkpoint with the best evaluation besides
     on_disk_full: Literal["continue", "stop"] = "continue"

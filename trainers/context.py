@@ -16,6 +16,7 @@ from trainers.claim import Claim, Guard
 
 STOP_REQUEST = "stop-request.json"
 NOTES = "logs/events.jsonl"
+GIVEN_UP = frozenset({"asha", "hyperband", "median"})  # a sweep's reasons to stop a run from which none will go on
 
 
 class RunContext(Protocol):
@@ -62,8 +63,7 @@ class RunFolder:
             return self._signalled
         if not os.path.exists(self._stop_path):  # about 2 microseconds: cheap enough for every step
             return None
-        request = read_stop_request(self.run_dir)
-        return request["reason"] if request and request["generation"] == self.guard.generation else None
+        return requested_stop(self.run_dir, self.guard.generation)
 
     def report(self, metrics: dict[str, float]) -> None:
         """Nobody to tell: the record has the metrics."""
@@ -130,6 +130,12 @@ def request_stop(run_dir: Path, generation: int, reason: str) -> None:
     temporary = run_dir / f".{STOP_REQUEST}.tmp"
     temporary.write_text(json.dumps({"generation": generation, "reason": reason}), encoding="utf-8")
     os.replace(temporary, run_dir / STOP_REQUEST)
+
+
+def requested_stop(run_dir: Path, generation: int) -> str | None:
+    """Why the workers of this generation are asked to stop, if they are."""
+    request = read_stop_request(run_dir)
+    return request["reason"] if request and request["generation"] == generation else None
 
 
 def read_stop_request(run_dir: Path) -> dict[str, Any] | None:

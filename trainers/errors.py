@@ -21,5 +21,9 @@ class TrainingFailed(RuntimeError):
     """Training cannot go on (non-finite loss under `raise`, repeated worker crashes). Exit code 3."""
 
 
+class NonFinite(TrainingFailed):
+    """The loss, a gradient or a score left the finite numbers."""
+
+
 class Superseded(RuntimeError):
     """A newer claim owns this run: the caller must stop without writing anything."""

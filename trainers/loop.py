@@ -64,14 +64,16 @@ def run_phase(run: Run, phase: ActivePhase) -> str | None:
         progress.advance(targets)
 
         last = progress.phase_step == phase.steps
-        evaluates = last or phase.evaluates_after(progress.phase_step)
+        evaluates = last or phase.evaluates_after(progress.phase_step, progress.step)
         logs = evaluates or progress.step % config.logging.every_steps == 0
         if logs:
             run.log_step(phase, loss, targets, lr, update)
         trouble = run.watch(phase, update, batches, logging=logs)
         best = run.evaluate(phase) if evaluates else False
-        if best or last or progress.phase_over or phase.saves_after(progress.phase_step, progress.step):
+        if best or last or progress.phase_over or phase.saves_after(progress.phase_step, progress.step, evaluates):
             run.save(phase, best=best)
+        if evaluates:
+            run.report()
         if trouble is not None:
             return trouble
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trainers.budget import evaluation_interval, phase_steps, saving_interval
+from trainers.budget import evaluation_interval, phase_steps, reaches_multiple, saving_interval
 from trainers.config import CheckpointConfig, Phase, RunConfig
 from trainers.data.loader import build_loader
 from trainers.data.types import Loader, PhaseData
@@ -19,7 +19,9 @@ class ActivePhase:
     steps: int
     """optimizer updates this phase makes"""
     evaluation_interval: int | None
-    """updates between evaluations; None: only at the end"""
+    """updates between evaluations; None: only at the end, or by tokens"""
+    evaluate_every_tokens: int | None
+    tokens_per_step: int
     checkpoint: CheckpointConfig
 
     @property
@@ -40,12 +42,18 @@ class ActivePhase:
             steps_per_epoch=self.loader.steps_per_epoch,
         )
 
-    def evaluates_after(self, phase_steps_done: int) -> bool:
-        interval = self.evaluation_interval
+    def evaluates_after(self, phase_steps_done: int, steps_done: int) -> bool:
+        """Whether an evaluation is due by the steps or epochs of the phase or the tokens of the run."""
+        interval, every = self.evaluation_interval, self.evaluate_every_tokens
+        if every is not None:
+            tokens = steps_done * self.tokens_per_step
+            return reaches_multiple(tokens, every=every, tokens_per_step=self.tokens_per_step)
         return interval is not None and phase_steps_done % interval == 0
 
-    def saves_after(self, phase_steps_done: int, steps_done: int) -> bool:
-        """Whether a checkpoint is due by the configured steps of the run or epochs of the phase."""
+    def saves_after(self, phase_steps_done: int, steps_done: int, evaluated: bool) -> bool:
+        """Whether a checkpoint is due by the configured steps of the run, epochs of the phase, or an evaluation."""
+        if evaluated and self.checkpoint.at_evaluations:
+            return True
         over_the_run = self.checkpoint.every_steps
         inside = saving_interval(self.checkpoint, self.loader.steps_per_epoch)
         by_steps = over_the_run is not None and steps_done % over_the_run == 0
@@ -57,4 +65,5 @@ def open_phase(config: RunConfig, spec: Phase, data: PhaseData, rank: int, world
     loader = build_loader(config, spec, data, rank, world_size)
     steps = phase_steps(spec.budget, tokens_per_step=config.tokens_per_step, steps_per_epoch=loader.steps_per_epoch)
     interval = evaluation_interval(config.evaluation, loader.steps_per_epoch)
-    return ActivePhase(spec, data, loader, steps, interval, config.checkpoint)
+    every_tokens = config.evaluation.every_tokens
+    return ActivePhase(spec, data, loader, steps, interval, every_tokens, config.tokens_per_step, config.checkpoint)

@@ -16,7 +16,7 @@ from torch import nn
 from trainers.checkpoint import Checkpoint, CheckpointStore
 from trainers.collective import collective
 from trainers.config import ModelConfig, RunConfig
-from trainers.context import RunContext
+from trainers.context import GIVEN_UP, RunContext
 from trainers.data.prepare import prepare
 from trainers.data.tokenizers import save_once
 from trainers.data.types import Batch
@@ -24,7 +24,7 @@ from trainers.devices import check_precision, resolve_device
 from trainers.diagnosis import account
 from trainers.engine import TorchEngine, Update
 from trainers.environment import environment, explain_difference
-from trainers.errors import CheckpointError, TrainingFailed
+from trainers.errors import CheckpointError, NonFinite
 from trainers.evaluate import evaluate
 from trainers.initial import initial_checkpoint
 from trainers.meter import Meter
@@ -211,9 +211,9 @@ class Run:
         where = f" {account(self, phase, batches)}." if looked else ""
         self.ctx.note(f"{what} (policy {policy.on_nonfinite}); the update was left out.{where}")
         if policy.on_nonfinite == "raise":
-            raise TrainingFailed(f"{what}.{where} Lower optim.lr or set optim.on_nonfinite=skip.")
+            raise NonFinite(f"{what}.{where} Lower optim.lr or set optim.on_nonfinite=skip.")
         if run_of_them >= policy.nonfinite_limit:
-            raise TrainingFailed(f"{what}, {run_of_them} in a row.{where} The last good checkpoint stands; lower optim.lr.")
+            raise NonFinite(f"{what}, {run_of_them} in a row.{where} The last good checkpoint stands; lower optim.lr.")
         return "nonfinite" if policy.on_nonfinite == "stop" else None
 
     def log_step(self, phase: ActivePhase, loss: torch.Tensor, targets: int, lr: float, update: Update) -> None:
@@ -252,7 +252,6 @@ class Run:
         improved = self.progress.judge(metrics, self.config.early_stopping)
         metrics["perf/evaluation_s"] = time.perf_counter() - started
         self._write(phase, metrics)
-        self.ctx.report(metrics)
         if self.rank == 0 and self.config.samples.count:
             write_samples(
                 self.config.samples,
@@ -263,6 +262,10 @@ class Run:
                 self.ctx.run_dir / "samples" / f"step-{self.progress.step:08d}.json",
             )
         return improved and self.config.checkpoint.save_best
+
+    def report(self) -> None:
+        """Tell whoever started the run of an evaluation; after the save that goes with it. Collective."""
+        self.ctx.report({"step": self.progress.step, "tokens": self.progress.tokens, **self.progress.last})
 
     def _write(self, phase: ActivePhase, metrics: dict[str, float]) -> None:
         self.progress.last.update(metrics)
@@ -298,8 +301,8 @@ class Run:
     # ---- endings --------------------------------------------------------------------------------
 
     def stop(self, phase: ActivePhase, reason: str) -> Outcome:
-        """Save where the run stands and say that it can go on."""
-        if self.progress.step:
+        """Save where the run stands, unless it is given up, and say how it ended."""
+        if self.progress.step and reason not in GIVEN_UP:
             self.save(phase, wait=True)
         return self._end("stopped", reason)
 

@@ -20,11 +20,17 @@ ROWS = 20
 """of the ranking on the terminal"""
 
 
+WIDTH = 140
+"""columns of the table in a file or a pipe, where no line needs to be folded"""
+
+
 # ---- the terminal -----------------------------------------------------------------------------------------------
 
 
 def print_closing(results: SweepResults, console: Console) -> None:
     """Print `closing_lines`; sentences and the command are never folded by us, so that they can be copied."""
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH)
     for part in closing_lines(results):
         console.print(part, soft_wrap=isinstance(part, Text))
 

@@ -30,6 +30,8 @@ class TrialResult:
     seed_index: int
     state: str
     """how it ended (completed, asha, ..., error), or running or waiting"""
+    segment: int = 0
+    """how often it took over from another member of its population"""
     params: Mapping[str, Any] = field(default_factory=dict)
     """dotted path -> value as searched"""
     config: Mapping[str, str] = field(default_factory=dict)

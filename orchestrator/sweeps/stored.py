@@ -89,7 +89,9 @@ def _is_trial(run: StoredRun) -> bool:
 def _points(trials: list[TrialResult]) -> tuple[PointResult, ...]:
     by_number: dict[int, dict[int, TrialResult]] = defaultdict(dict)
     for trial in trials:
-        by_number[trial.point].setdefault(trial.seed_index, trial)
+        known = by_number[trial.point].get(trial.seed_index)
+        if known is None or known.segment < trial.segment:  # a member of a population counts as it ended
+            by_number[trial.point][trial.seed_index] = trial
     return tuple(
         PointResult(number, tuple(seeds[index] for index in sorted(seeds)))
         for number, seeds in sorted(by_number.items())
@@ -106,6 +108,7 @@ def _trial(store: Store, run: StoredRun, metric: str, notes: list[str]) -> Trial
         name=name,
         point=_whole(tags.get("trial.point"), int(number[1]) if number else -1),
         seed_index=_whole(tags.get("trial.seed_index"), 0),
+        segment=_whole(tags.get("trial.segment"), 0),
         state=_state(run),
         params=params,
         config=config,

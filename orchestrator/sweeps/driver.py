@@ -1,0 +1,291 @@
+"""The driver of `orchestrate tune`: claim the sweep, start Ray, let Tune place trials, tell MLflow, end truthfully."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.claimed import make_folder, say
+from orchestrator.experiment import cache_dir
+from orchestrator.preflight import check_device, check_model
+from orchestrator.provenance import describe_environment
+from orchestrator.ray_cluster import ray_cluster
+from orchestrator.signals import StopSignals
+from orchestrator.sweeps.desk import TrialDesk, best_of
+from orchestrator.sweeps.history import StopReason
+from orchestrator.sweeps.journal import JOURNAL, Journal
+from orchestrator.sweeps.population import Population, check_population
+from orchestrator.sweeps.rules import build_rule
+from orchestrator.sweeps.searchers import build_searcher
+from orchestrator.sweeps.settings import SweepSettings, build_settings
+from orchestrator.sweeps.slots import Slots, slots_of
+from orchestrator.sweeps.sweep import Sweep, SweepRequest, settle_name, sweep_fields, tokens_of_phases, write_sweep
+from orchestrator.sweeps.table import SweepDisplay
+from orchestrator.sweeps.training import open_trial, take_over
+from orchestrator.sweeps.trials import in_tokens
+from orchestrator.sweeps.tuning import run_trials, warm_up
+from orchestrator.sweeps.winner import command_of
+from orchestrator.tracker import OpeningStore
+from search_spaces.precisions import Device
+from search_spaces.space import Space
+from trainers.claim import Claim, Guard
+from trainers.config import RunConfig
+from trainers.data.prepare import data_hashes, prepare
+from trainers.errors import TrainingFailed
+
+if TYPE_CHECKING:
+    from orchestrator.tracking import EndState, TrackedRun
+
+POLL_S = 0.25
+DONE, STOPPED = 0, 75
+
+
+def tune(
+    base: RunConfig,
+    draft: dict[str, Any],
+    space: Space,
+    device: Device,
+    request: SweepRequest,
+    taken_out: tuple[tuple[str, str], ...] = (),
+) -> int:
+    """Search `space` around `base`, from wherever that sweep stands. `draft`: SweepSettings without what the text says.
+
+    Exit code: 0 done, 75 resumable. Raises UserError (2) before anything is made, TrainingFailed (3) where no trial
+    could be completed.
+    """
+    check_device(base)
+    hashes = data_hashes(base, cache_dir(request.runs_dir))
+    signals = StopSignals()
+    with SweepDisplay(request.json) as display, signals.heard():
+        with signals.leaving_at_once():
+            data = prepare(base, cache_dir(request.runs_dir), progress=display.packing)
+        check_model(base, data.tokenizer.vocab_size)
+        tokens = tokens_of_phases(base, data)
+        base = in_tokens(base, tokens)
+        settings = build_settings(draft, space.to_json(), sum(tokens))
+        if settings.scheduler == "pbt":
+            check_population(space, settings, base.workers)
+        fields = sweep_fields(base, settings, hashes)
+        name, folder = settle_name(request, base.preset, settings, fields)
+        shared = {"data": data.report, "tokenizer": data.tokenizer.fingerprint}
+        sweep = Sweep(
+            name, folder, request.runs_dir, base, settings, space, fields, hashes, device, taken_out,
+            shared_identity=shared,
+        )  # fmt: skip
+        with claimed_sweep(sweep) as claim:
+            return SweepDriver(sweep, request, claim, signals, display).run()
+
+
+@contextlib.contextmanager
+def claimed_sweep(sweep: Sweep) -> Iterator[Claim]:
+    """The claim on the sweep's folder for the life of the command; a folder made for nothing goes away again."""
+    made = make_folder(sweep.folder)
+    try:
+        with Claim.acquire(sweep.folder, say=say) as claim:
+            yield claim
+    except BaseException:
+        if made and not (sweep.folder / JOURNAL).exists():
+            shutil.rmtree(sweep.folder, ignore_errors=True)
+        raise
+
+
+class SweepDriver:
+    """One claim of one sweep, from the claim to the closing table."""
+
+    def __init__(self, sweep: Sweep, request: SweepRequest, claim: Claim, signals: StopSignals, display: SweepDisplay):
+        self.sweep = sweep
+        self.request = request
+        self.signals = signals
+        self.display = display
+        self.guard = Guard.begin_attempt(sweep.folder, claim.generation)
+        self._tune_folder = sweep.folder / ".ray" / f"claim-{claim.generation}"
+        self._began = time.monotonic()
+
+    def run(self) -> int:
+        sweep, display = self.sweep, self.display
+        opening = OpeningStore(sweep.runs_dir)
+        journal = Journal(sweep.folder / JOURNAL, self.guard)
+        write_sweep(sweep)
+        display.begin(sweep, journal.history)
+        display.status("starting Ray")
+        log = sweep.folder / "logs" / "ray.log"
+        with ray_cluster(sweep.base.workers, verbose=self.request.verbose, log_path=log) as ray, self.signals.heard():
+            self.signals.leave_if_asked()
+            slots = slots_of(ray, sweep, self.request)
+            self.sweep = sweep = replace(sweep, share=slots.share)
+            if not slots.share:
+                warm_up(ray, slots=min(slots.count, sweep.settings.trials), resources=slots.resources)
+            display.status("opening MLflow")
+            parent = self._open_parent(opening, slots)
+            population = Population(sweep.settings, sweep.space) if sweep.settings.scheduler == "pbt" else None
+            desk = TrialDesk(
+                journal,
+                sweep.settings,
+                build_searcher(sweep.settings, sweep.space),
+                build_rule(sweep.settings),
+                milestones_of(sweep.settings),
+                lambda trial: open_trial(self.sweep, trial, opening, parent.run_id, display.note),
+                display.note,
+                population,
+                lambda exploit: take_over(self.sweep, journal.history, exploit),
+            )
+            with self._ended_truthfully(parent):
+                error = self._watch(Tuning(desk, slots, self._tune_folder), desk, slots)
+                display.status("closing the trials")
+                desk.finish()
+                if error is not None:
+                    raise error
+                return self._conclude(desk, parent)
+
+    # ---- while it runs --------------------------------------------------------------------------
+
+    def _watch(self, tuning: Tuning, desk: TrialDesk, slots: Slots) -> BaseException | None:
+        tuning.start()
+        while tuning.is_alive():
+            tuning.join(POLL_S)
+            if self.signals.reason and desk.closing is None:
+                self.display.note(f"{self.signals.reason}: the trials stop at their next step (again to stop at once)")
+                desk.close("user")
+            elif desk.closing is None and (spent := self._spent(desk, slots)):
+                self.display.note(f"{spent}: the trials stop at their next step; the same command with more goes on")
+                desk.close("budget")
+            self.display.tick(desk)
+        return tuning.error
+
+    def _spent(self, desk: TrialDesk, slots: Slots) -> str | None:
+        """Which of the sweep's budgets is used up."""
+        seconds, request = time.monotonic() - self._began, self.request
+        if request.max_seconds is not None and seconds >= request.max_seconds:
+            return f"--max-time is used up ({seconds:.0f} s)"
+        if request.max_tokens is not None and desk.tokens >= request.max_tokens:
+            return f"--max-tokens is used up ({desk.tokens:,})"
+        hours = seconds / 3600 * slots.gpus_per_trial * len(desk.running)
+        if request.max_gpu_hours is not None and hours >= request.max_gpu_hours:
+            return f"--max-gpu-hours is used up ({hours:.2f})"
+        return None
+
+    # ---- MLflow ---------------------------------------------------------------------------------
+
+    def _open_parent(self, opening: OpeningStore, slots: Slots) -> TrackedRun:
+        sweep = self.sweep
+        tags = {
+            **describe_environment(),
+            "kind": "sweep",
+            "preset": sweep.base.preset,
+            "fingerprint": sweep.fingerprint,
+            "run_path": str(sweep.folder),
+            "sweep.settings": sweep.settings.model_dump_json(),
+            "sweep.taken_out": json.dumps([list(cell) for cell in sweep.taken_out]),
+            "sweep.slots": str(slots.count),
+        }
+        run = opening.get().open_run(
+            sweep.base.preset.split("/")[0],
+            sweep.name,
+            run_id=sweep.identity.get("mlflow_run_id"),
+            tags=tags,
+            params={**sweep.base.model_dump(mode="json"), "corpus": sweep.shared_identity["data"]},
+        )
+        write_sweep(sweep, mlflow_run_id=run.run_id)
+        return run
+
+    @contextlib.contextmanager
+    def _ended_truthfully(self, parent: TrackedRun) -> Iterator[None]:
+        """Whatever ends the driver inside, the sweep's MLflow run does not stay RUNNING."""
+        try:
+            yield
+        except BaseException as error:
+            with contextlib.suppress(Exception):
+                parent.finish("FAILED", f"error: {type(error).__name__}")
+            raise error
+
+    # ---- afterwards -----------------------------------------------------------------------------
+
+    def _conclude(self, desk: TrialDesk, parent: TrackedRun) -> int:
+        shutil.rmtree(self.sweep.folder / ".ray", ignore_errors=True)
+        best = desk.best()
+        reason: StopReason = desk.closing or "completed"
+        seconds = time.monotonic() - self._began
+        self._tell_parent(desk, parent, seconds)
+        failed = desk.closing is None and best is None
+        state: EndState = "FAILED" if failed else "FINISHED" if desk.closing is None else "KILLED"
+        parent.finish(state, "error" if failed else reason)
+        self._report(parent)
+        if failed:
+            messages = sorted({t.ending.message or t.ending.reason for t in desk.history.ended() if t.ending})
+            raise TrainingFailed(f"no trial of {self.sweep.name} was completed: {'; '.join(messages)[:600]}")
+        return DONE if desk.closing is None else STOPPED
+
+    def _tell_parent(self, desk: TrialDesk, parent: TrackedRun, seconds: float) -> None:
+        from orchestrator.tracking import TrackingRefused, TrackingUnavailable
+
+        ended = list(desk.history.ended())
+        best = best_of(iter(ended), self.sweep.settings)
+        trials = desk.history.trials.values()
+        train_s = sum(trial.ending.train_s if trial.ending else trial.train_s for trial in trials)
+        seconds += self.sweep.identity.get("wall_s", 0.0)
+        write_sweep(self.sweep, wall_s=seconds)
+        row = {"step": len(ended), "time_ms": time.time_ns() // 1_000_000, "sweep/wall_s": seconds,
+               "sweep/train_s": train_s, "sweep/tokens": desk.tokens}  # fmt: skip
+        if best is not None and best.ending is not None:
+            row["sweep/best"] = best.ending.values[0]
+        with contextlib.suppress(TrackingUnavailable, TrackingRefused):
+            parent.log_metrics([row])
+            if best is not None:
+                parent.set_tags({"sweep.best": best.name, "sweep.command": command_of(self.sweep, best)})
+            parent.log_artifact(self.sweep.folder / JOURNAL)
+            parent.log_artifact(self.sweep.folder / "config.yaml")
+
+    def _report(self, parent: TrackedRun) -> None:
+        """The closing table, the page and the figures, from MLflow alone; worth a note when they fail, no more."""
+        from orchestrator.sweeps.figures import draw_search_figures
+        from orchestrator.sweeps.report_html import write_page
+        from orchestrator.sweeps.stored import read_sweep
+
+        self.display.status("drawing the figures")
+        try:
+            results = read_sweep(self.sweep.runs_dir, self.sweep.name)
+            page, figures = self.sweep.folder / "report.html", self.sweep.folder / "plots"
+            draw_search_figures(results, figures)
+            write_page(results, page)
+            parent.log_artifact(figures, "plots")
+            parent.log_artifact(page)
+        except Exception as error:
+            self.display.note(f"the report could not be drawn: {type(error).__name__}: {error}")
+        else:
+            self.display.close(results, page)
+
+
+class Tuning(threading.Thread):
+    """Tune's blocking loop on a thread, so that the main thread keeps the signals and the terminal."""
+
+    def __init__(self, desk: TrialDesk, slots: Slots, storage: Path):
+        super().__init__(name="ray-tune", daemon=True)
+        self.desk, self.slots, self.storage = desk, slots, storage
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            run_trials(
+                self.desk,
+                points=-1,
+                slots=self.slots.count,
+                resources=self.slots.resources,
+                storage=self.storage,
+            )
+        except Exception as error:
+            self.error = error
+
+
+def milestones_of(settings: SweepSettings) -> list[int]:
+    """Tokens at which the seeds of a point are judged together; the last is the budget."""
+    if settings.scheduler == "none":
+        return [settings.tokens]
+    inner = range(settings.report_every, settings.tokens, settings.report_every)
+    return [*inner, settings.tokens]

@@ -1,0 +1,155 @@
+"""Sweep: which sweep a command means, and whether it may go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orchestrator.experiment import confined, write_atomically
+from orchestrator.plan import packed_tokens, plan_phase, steps_per_epoch
+from orchestrator.sweeps.settings import SweepSettings
+from search_spaces.precisions import Device
+from search_spaces.space import Space
+from trainers.config import RunConfig
+from trainers.config_io import differences, dump_yaml, fingerprint_fields
+from trainers.data.types import PreparedData
+from trainers.errors import ConfigError
+from trainers.identity import read_json
+from trainers.initial import initial_hash
+
+IDENTITY = "sweep.json"
+MAY_GROW = "sweep.trials"
+
+
+@dataclass(frozen=True)
+class SweepRequest:
+    """What the command line asked for besides the sweep itself: it changes when and where, not what."""
+
+    runs_dir: Path
+    name: str | None = None
+    concurrent: int | None = None
+    gpus_per_trial: float | None = None
+    max_seconds: float | None = None
+    max_tokens: int | None = None
+    max_gpu_hours: float | None = None
+    then_train: bool = False
+    fresh: bool = False
+    verbose: bool = False
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A base configuration, what is searched around it, and the folder where that stands."""
+
+    name: str
+    folder: Path
+    runs_dir: Path
+    base: RunConfig
+    """budgets in tokens"""
+    settings: SweepSettings
+    space: Space
+    fields: dict[str, Any]
+    """what makes it this sweep, flat: the name is refused to another"""
+    data_hashes: tuple[str, ...]
+    device: Device
+    taken_out: tuple[tuple[str, str], ...] = ()
+    """(cell, why it cannot start here)"""
+    micro_limit: int | None = None
+    share: dict[str, int] = field(default_factory=dict)
+    """of the cluster for each worker of a trial that has several (`ray_cluster.Resources`)"""
+    shared_identity: dict[str, Any] = field(default_factory=dict)
+    """what the identities of all trials have alike: the text and the tokenizer"""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return read_json(self.folder / IDENTITY) or {}
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint_of(self.fields)
+
+
+def tokens_of_phases(config: RunConfig, data: PreparedData) -> list[int]:
+    """Tokens that each phase's budget pays for at the configured batch size."""
+    specs = config.resolved_phases()
+    lengths = [steps_per_epoch(config, [packed_tokens(source) for source in phase.sources]) for phase in data.phases]
+    return [plan_phase(config, spec, length).tokens for spec, length in zip(specs, lengths, strict=True)]
+
+
+def total_steps_of(config: RunConfig) -> int:
+    """Steps of a run whose budgets are in tokens."""
+    phases = config.resolved_phases()
+    return sum(math.ceil((phase.budget.tokens or 0) / config.tokens_per_step) for phase in phases)
+
+
+def sweep_fields(base: RunConfig, settings: SweepSettings, data_hashes: tuple[str, ...]) -> dict[str, Any]:
+    """Everything that decides what the sweep finds, flat."""
+    values = settings.model_dump(mode="json")
+    mine = {f"sweep.{name}": json.dumps(value) for name, value in values.items() if name != "space_name"}
+    return fingerprint_fields(base, data_hashes, initial_hash(base)) | mine
+
+
+def fingerprint_of(fields: dict[str, Any]) -> str:
+    """64 hex digits; the number of trials may grow, so it does not count."""
+    counted = {path: value for path, value in fields.items() if path != MAY_GROW}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
+
+
+def settle_name(
+    request: SweepRequest, preset: str, settings: SweepSettings, fields: dict[str, Any]
+) -> tuple[str, Path]:
+    """The sweep's name and folder. Raises ConfigError where the name is another sweep's, listing what differs."""
+    short = f"{preset.replace('/', '-')}-{settings.space_name}"
+    name = request.name or f"{short}-{fingerprint_of(fields)[:8]}"
+    folder = confined(request.runs_dir, name)
+    number = 2
+    while request.fresh and folder.exists():
+        name, number = f"{request.name or name}-{number}", number + 1
+        folder = confined(request.runs_dir, name)
+    refuse_another(name, folder, fields)
+    return name, folder
+
+
+def refuse_another(name: str, folder: Path, fields: dict[str, Any]) -> None:
+    """ConfigError where the folder holds a run, or a sweep of other settings, or of more trials."""
+    stored = read_json(folder / IDENTITY)
+    if stored is None:
+        if (folder / "identity.json").exists():
+            raise ConfigError(f"{name!r} is the name of a run. Give the sweep another --name.")
+        return
+    was = stored.get("fields", {})
+    if fingerprint_of(was) != fingerprint_of(fields):
+        changed = "\n  ".join(_readable(line) for line in differences(was, fields) if not line.startswith(MAY_GROW))
+        raise ConfigError(
+            f"sweep {name!r} exists with other settings (left: the sweep, right: this command):\n  {changed}\n"
+            f"Give this one another --name, or --fresh to start {name}-2, or repeat the sweep's own settings to go on."
+        )
+    trials, now = int(was[MAY_GROW]), int(fields[MAY_GROW])
+    if now < trials:
+        raise ConfigError(
+            f"sweep {name!r} has {trials} trials and cannot take some back: say --trials {trials} or more."
+        )
+
+
+def _readable(line: str) -> str:
+    return line if len(line) <= 300 else line[:297] + "..."
+
+
+def write_sweep(sweep: Sweep, **more: Any) -> None:
+    """Write config.yaml and sweep.json (temp + rename); `more` is kept beside what stands there."""
+    identity = {
+        **sweep.identity,
+        "name": sweep.name,
+        "fingerprint": sweep.fingerprint,
+        "fields": sweep.fields,
+        "settings": sweep.settings.model_dump(mode="json"),
+        "taken_out": [list(cell) for cell in sweep.taken_out],
+        **more,
+    }
+    write_atomically(sweep.folder / "config.yaml", dump_yaml(sweep.base))
+    write_atomically(sweep.folder / IDENTITY, json.dumps(identity, indent=1) + "\n")

@@ -1,0 +1,134 @@
+"""SeedTraining: one training of a trial as the driver holds it: its folder, its claim and its MLflow run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from orchestrator.experiment import OUTCOME, Experiment, cache_dir, write_identity
+from orchestrator.provenance import describe_environment
+from orchestrator.sweeps.history import Ending, Exploit, History, StopReason, Trial, seed_names, trial_name
+from orchestrator.sweeps.sweep import Sweep, total_steps_of
+from orchestrator.sweeps.trials import run_of
+from orchestrator.tracker import Nested, OpeningStore, Tracker
+from trainers.claim import Claim
+from trainers.config_io import fingerprint, fingerprint_fields
+from trainers.context import STOP_REQUEST, request_stop
+from trainers.identity import read_json
+from trainers.initial import initial_hash
+
+
+class SeedTraining:
+    """Made by `open_trial`; the claim and the MLflow run are held until `close`."""
+
+    def __init__(self, experiment: Experiment, claim: Claim, tracker: Tracker, job: dict[str, Any], seeds: int):
+        self.folder = experiment.run_dir
+        self.job = job
+        """what the actor gets"""
+        self._claim, self._tracker, self._seeds = claim, tracker, seeds
+
+    def request_stop(self, reason: StopReason) -> None:
+        request_stop(self.folder, self._claim.generation, reason)
+
+    def close(self, reason: str, ending: Ending | None) -> None:
+        """End the MLflow run as the trial ended and let the folder go. `ending`: None where the trial can go on."""
+        outcome = read_json(self.folder / OUTCOME) or {"state": "failed", "reason": reason}
+        if reason in ("nonfinite", "oom", "error"):
+            outcome["state"] = "failed"
+        elif reason != "completed":
+            outcome["state"] = "stopped"
+        if ending is not None:
+            self._tracker.log_last(_told(ending, self._seeds))
+        self._tracker.close({**outcome, "stop_reason": reason})
+        self._claim.release()
+
+
+def open_trial(
+    sweep: Sweep, trial: Trial, opening: OpeningStore, parent_run_id: str, say: Callable[[str], None]
+) -> list[SeedTraining]:
+    """A training for each seed of the trial, begun or gone on with. Raises ConfigError where the point makes no run."""
+    settings = sweep.settings
+    configs = [
+        run_of(sweep.base, trial.params, settings, seed_index=index, micro_limit=sweep.micro_limit)
+        for index in range(settings.seeds)
+    ]
+    seeds = []
+    names = seed_names(trial.number, settings.seeds, len(trial.lineage))
+    for index, (name, config) in enumerate(zip(names, configs, strict=True)):
+        start = initial_hash(config)
+        experiment = Experiment(
+            f"{sweep.name}/{name}",
+            sweep.folder / name,
+            config,
+            fingerprint(config, sweep.data_hashes, start),
+            fingerprint_fields(config, sweep.data_hashes, start),
+            known=False,
+            extended=False,
+        )
+        claim = Claim.acquire(experiment.run_dir, say=say)
+        (experiment.run_dir / STOP_REQUEST).unlink(missing_ok=True)
+        (experiment.run_dir / "logs").mkdir(exist_ok=True)
+        write_identity(experiment, total_steps=total_steps_of(config), **sweep.shared_identity)
+        nested = Nested(parent_run_id, _tags(sweep, trial, name, index), is_new=claim.generation == 1)
+        tracker = Tracker(experiment, opening, say, nested)
+        tracker.open()
+        seeds.append(SeedTraining(experiment, claim, tracker, _job(sweep, experiment, claim), settings.seeds))
+    return seeds
+
+
+def _tags(sweep: Sweep, trial: Trial, name: str, seed_index: int) -> dict[str, str]:
+    return {
+        **_environment(),
+        "kind": "trial",
+        "sweep": sweep.name,
+        "trial": name,
+        "trial.point": str(trial.number),
+        "trial.seed_index": str(seed_index),
+        "trial.params": json.dumps(trial.params),
+        **({"trial.segment": str(len(trial.lineage)), "trial.parent": trial_name(trial.lineage[-1].parent)}
+           if trial.lineage else {}),
+    }  # fmt: skip
+
+
+@cache
+def _environment() -> dict[str, str]:
+    """Commit, versions and machine are those of the driver: asked for once, not for every trial."""
+    return describe_environment()
+
+
+def take_over(sweep: Sweep, history: History, exploit: Exploit) -> None:
+    """Give a member's next folder the newest checkpoint of its parent, by links; again does nothing."""
+    trial, parent = history.trials[exploit.trial], history.trials[exploit.parent]
+    source = sweep.folder / seed_names(parent.number, 1, len(parent.lineage))[0] / "checkpoints"
+    target = sweep.folder / seed_names(trial.number, 1, len(trial.lineage) + 1)[0] / "checkpoints"
+    newest = max(source.glob("step-*"))
+    if (target / newest.name).exists():
+        return
+    staging = target / f".taking-{newest.name}"
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(newest, staging, copy_function=os.link)
+    os.replace(staging, target / newest.name)
+    (target / "latest").write_text(newest.name + "\n", encoding="utf-8")
+
+
+def _job(sweep: Sweep, experiment: Experiment, claim: Claim) -> dict[str, Any]:
+    return {
+        "config": experiment.config.model_copy(update={"device": sweep.device}).model_dump(mode="json"),
+        "run_dir": str(experiment.run_dir),
+        "cache_dir": str(cache_dir(sweep.runs_dir)),
+        "generation": claim.generation,
+        "threads": sweep.settings.cpus_per_trial,
+        "tracking": {"mlflow_run_id": experiment.identity["mlflow_run_id"]},
+        "workers": experiment.config.workers,
+        "share": sweep.share,
+    }
+
+
+def _told(ending: Ending, seeds: int) -> dict[str, float]:
+    """What the searcher heard of the point, and this seed's share of the cost."""
+    values = {f"sweep/objective{f'_{index}' if index else ''}": value for index, value in enumerate(ending.values)}
+    return {**values, "sweep/train_s": ending.train_s / seeds}

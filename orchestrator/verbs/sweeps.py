@@ -1,0 +1,266 @@
+"""tune."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from orchestrator.verbs import options
+
+if TYPE_CHECKING:
+    from search_spaces.space import Space
+    from trainers.config import RunConfig
+
+DEFAULT_TRIALS = 16
+DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
+
+
+@options.spread
+def tune(
+    target: options.TargetOptions,
+    space: Annotated[
+        str | None,
+        typer.Option(
+            "--space",
+            metavar="NAME|FILE.yaml",
+            help="What to search: a catalogued space or your own.",
+            show_default="lr, unless --set-space",
+        ),
+    ] = None,
+    set_space: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set-space",
+            metavar="PATH=DOMAIN",
+            help="An axis: 'optim.lr=log(1e-5,1e-3)', "
+            "'batch.sequences=[8,16]'. Repeatable; joins or overrides --space.",
+            show_default=False,
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option("--trials", metavar="N", help="Points to try.", show_default="16; a grid: all cells")
+    ] = None,
+    searcher: Annotated[
+        Literal["grid", "random", "tpe", "multi"],
+        typer.Option(
+            "--searcher", help="Who proposes points: a grid, chance, Optuna's TPE, or TPE on several objectives."
+        ),
+    ] = "tpe",
+    scheduler: Annotated[
+        Literal["none", "asha", "hyperband", "median", "pbt"],
+        typer.Option("--scheduler", help="Who stops bad trials early (pbt: who changes them as they train)."),
+    ] = "asha",
+    seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Trainings of each point: noise bars.")] = 1,
+    objective: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--objective",
+            metavar="METRIC[:max]",
+            help="What is best; several with --searcher multi.",
+            show_default="val/loss",
+        ),
+    ] = None,
+    lr_rule: Annotated[
+        Literal["none", "linear", "sqrt"],
+        typer.Option("--lr-rule", help="Tie the learning rate to the batch size (it is then the base batch's)."),
+    ] = "none",
+    name: Annotated[
+        str | None,
+        typer.Option("--name", metavar="NAME", help="Name of the sweep.", show_default="preset + space + fingerprint"),
+    ] = None,
+    search_seed: Annotated[int, typer.Option("--search-seed", metavar="N", help="Of the searcher.")] = 0,
+    grid_points: Annotated[
+        int, typer.Option("--grid-points", metavar="N", help="Grid: values of each continuous axis.")
+    ] = 3,
+    evaluations: Annotated[
+        int, typer.Option("--evaluations", metavar="N", help="Of each training, evenly spaced in tokens.")
+    ] = 9,
+    reduction: Annotated[
+        int, typer.Option("--reduction", metavar="N", help="asha, hyperband: one of so many goes on from a rung.")
+    ] = 3,
+    grace: Annotated[
+        int | None,
+        typer.Option(
+            "--grace", metavar="TOKENS", help="No trial is stopped before.", show_default="the first evaluation"
+        ),
+    ] = None,
+    cpus_per_trial: Annotated[int, typer.Option("--cpus-per-trial", metavar="N", help="Threads of a worker.")] = 1,
+    gpus_per_trial: Annotated[
+        float | None,
+        typer.Option(
+            "--gpus-per-trial",
+            metavar="X",
+            help="0.25: four trials share a GPU.",
+            show_default="1 where there are GPUs",
+        ),
+    ] = None,
+    concurrent: Annotated[
+        int | None, typer.Option("--concurrent", metavar="N", help="Trials at a time.", show_default="all that fit")
+    ] = None,
+    max_time: Annotated[
+        str | None,
+        typer.Option(
+            "--max-time", metavar="90m", help="Stop the sweep after so long; it can go on later.", show_default=False
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("--max-tokens", metavar="N", help="... after so many tokens over all trials.", show_default=False),
+    ] = None,
+    max_gpu_hours: Annotated[
+        float | None,
+        typer.Option("--max-gpu-hours", metavar="X", help="... after so many GPU-hours.", show_default=False),
+    ] = None,
+    then_train: Annotated[
+        bool, typer.Option("--then-train", help="Train the winner at the preset's full budget afterwards.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would do: trials, tokens, time. Leaves nothing behind.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew as NAME-2 beside a sweep of that name.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show Ray's own log lines too.")] = False,
+    json: options.Json = False,
+) -> int:
+    """Search learning rate, batch size, precision or any setting; ends with the command that uses the best.
+
+    [bold]Examples[/bold]
+
+      orchestrate tune fundamentallm/small --space lr_batch --trials 16 budget.steps=300
+      orchestrate tune codelm/tiny --space lr --searcher grid --scheduler none --seeds 3
+      orchestrate tune mine.yaml --set-space 'optim.lr=log(1e-4,1e-2)' --set-space 'model.dropout=[0,0.1,0.2]'
+      orchestrate tune fundamentallm/small --space lr_batch_precision --max-time 30m --then-train
+
+    Trials train on equal tokens, whatever their batch size: budget.steps counts steps of the base batch.
+    The same command goes on where it was stopped. `orchestrate report NAME` shows what was found.
+    The catalogued spaces: lr, lr_batch, lr_batch_precision, regularisation, schedule, depth_width, task_weights,
+    phase_lengths. Exit codes: 0 done, 2 bad input, 3 no trial could train, 75 stopped and resumable.
+    """
+    from orchestrator.experiment import confined
+    from orchestrator.runs import check_runs_dir
+    from orchestrator.sweeps.settings import build_settings
+    from orchestrator.sweeps.sweep import SweepRequest
+    from trainers.errors import UserError
+
+    chosen = target.resolve()
+    runs_dir = target.runs_dir.absolute()
+    if name is not None:
+        confined(runs_dir, name)
+    device = device_of(chosen.config)
+    found, space_name, taken_out = _space(chosen.config, space, set_space or [], device)
+    if trials is not None and trials < 1:
+        raise UserError(f"--trials must be at least 1, got {trials}.")
+    draft: dict[str, Any] = {
+        "space_name": space_name,
+        "searcher": searcher,
+        "scheduler": scheduler,
+        "trials": trials or (grid_size(found, grid_points) if searcher == "grid" else DEFAULT_TRIALS),
+        "grid_points": grid_points,
+        "seeds": seeds,
+        "seed": search_seed,
+        "objectives": tuple(_objective(text) for text in objective or ["val/loss"]),
+        "evaluations": evaluations,
+        "reduction": reduction,
+        "grace": grace,
+        "lr_rule": lr_rule,
+        "cpus_per_trial": cpus_per_trial,
+    }
+    request = SweepRequest(
+        runs_dir=runs_dir,
+        name=name,
+        concurrent=concurrent,
+        gpus_per_trial=gpus_per_trial,
+        max_seconds=None if max_time is None else seconds_of(max_time),
+        max_tokens=max_tokens,
+        max_gpu_hours=max_gpu_hours,
+        then_train=then_train,
+        fresh=fresh,
+        verbose=verbose,
+        json=json,
+    )
+    build_settings(draft, found.to_json(), tokens=10**18)  # what is wrong with them is said before the text is read
+    if not dry_run:
+        check_runs_dir(runs_dir)
+    from orchestrator.sweeps import driver, rehearsal
+
+    run = rehearsal.rehearse if dry_run else driver.tune
+    return run(chosen.config, draft, found, device, request, taken_out)
+
+
+def device_of(config: RunConfig) -> Any:
+    """What trials compute on: the configured device, or what this machine has."""
+    if config.device != "auto":
+        return config.device
+    from trainers.devices import resolve_device
+
+    return resolve_device("auto").type
+
+
+def _space(
+    config: RunConfig, named: str | None, typed: list[str], device: Any
+) -> tuple[Space, str, tuple[tuple[str, str], ...]]:
+    """The space that --space and --set-space mean, checked; its name; the cells taken out with their reasons."""
+    from search_spaces.catalog import catalogued
+    from search_spaces.check import check
+    from search_spaces.grammar import parse_assignment
+    from search_spaces.space import Space
+
+    found, name = Space(()), "custom"
+    taken_out: tuple[tuple[str, str], ...] = ()
+    if named is None and not typed:
+        named = "lr"
+    if named is not None and _is_file(named):
+        found = _read_space(named)
+    elif named is not None:
+        entry = catalogued(named, config, device)
+        found, name = entry.space, named
+        taken_out = tuple((each.cell, each.reason) for each in entry.taken_out)
+    for text in typed:
+        found = found.with_axis(parse_assignment(text))
+    check(found, config, device)
+    return found, name, taken_out
+
+
+def _is_file(named: str) -> bool:
+    return named.endswith((".yaml", ".yml")) or os.path.isfile(named)
+
+
+def _read_space(path: str) -> Space:
+    from search_spaces.grammar import load_space
+    from trainers.errors import ConfigError, UserError
+
+    try:
+        return load_space(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--space {path}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--space {path} is not UTF-8 text.") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _objective(text: str) -> dict[str, str]:
+    metric, _, mode = text.partition(":")
+    higher = metric in ("val/accuracy", "perf/tokens_per_s")
+    return {"metric": metric, "mode": mode or ("max" if higher else "min")}
+
+
+def grid_size(space: Space, points: int) -> int:
+    """Cells of the grid, up to a limit that no sweep trains."""
+    from itertools import islice
+
+    return max(1, sum(1 for _ in islice(space.grid(points), 100_000)))
+
+
+def seconds_of(text: str) -> float:
+    """`90m`, `1h30m`, `45s` or a plain count of seconds. Raises UserError."""
+    from trainers.errors import UserError
+
+    found = DURATION.fullmatch(text.strip())
+    parts = [float(part or 0) for part in found.groups()] if found else []
+    if not parts or sum(parts) <= 0:
+        raise UserError(f"--max-time is a time such as 45s, 90m or 1h30m, got {text!r}.")
+    return parts[0] * 3600 + parts[1] * 60 + parts[2]

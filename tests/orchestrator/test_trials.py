@@ -1,0 +1,339 @@
+"""Laws of what a trial is: equal tokens whatever the batch, refusals in one sentence, a command that makes it again."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator import target
+from orchestrator.sweeps.driver import milestones_of
+from orchestrator.sweeps.history import History
+from orchestrator.sweeps.rehearsal import expected_tokens
+from orchestrator.sweeps.settings import SweepSettings, build_settings
+from orchestrator.sweeps.slots import slots_of
+from orchestrator.sweeps.sweep import Sweep, SweepRequest, total_steps_of
+from orchestrator.sweeps.trials import in_tokens, run_of
+from orchestrator.sweeps.winner import command_of, winning_run
+from orchestrator.target import Flags
+from orchestrator.verbs.sweeps import seconds_of
+from search_spaces.catalog import CATALOG, catalogued
+from search_spaces.space import Axis, Choice, Float, Space
+from trainers.config import RunConfig
+from trainers.config_io import build_config, dump_yaml, override
+from trainers.errors import ConfigError, UserError
+from trainers.presets import PRESETS
+
+SPACE = Space((Axis("optim.lr", Float(1e-4, 1e-1, log=True)), Axis("batch.sequences", Choice((4, 8, 16)))))
+STEPS, BATCH, ROW, WARMUP = 60, 8, 32, 12
+TOKENS = STEPS * BATCH * ROW
+GIVEN = build_config(
+    {
+        "preset": "fundamentallm/tiny",
+        "model": {"d_model": 16, "n_layers": 1, "n_heads": 2, "context_length": ROW},
+        "batch": {"sequences": BATCH},
+        "budget": {"steps": STEPS},
+        "optim": {"lr": 1e-2},
+        "schedule": {"kind": "cosine", "warmup_steps": WARMUP},
+        "early_stopping": {"patience": 3},
+        "samples": {"count": 1},
+    }
+)
+BASE = in_tokens(GIVEN, [TOKENS])
+
+
+def settings(*, tokens: int = TOKENS, **changes: Any) -> SweepSettings:
+    return build_settings({"trials": 4, **changes}, SPACE.to_json(), tokens)
+
+
+def steps_of_phases(config: RunConfig) -> list[int]:
+    """As many as the training takes: a budget in tokens is rounded up to whole steps."""
+    return [math.ceil((phase.budget.tokens or 0) / config.tokens_per_step) for phase in config.resolved_phases()]
+
+
+# ---- equal tokens ------------------------------------------------------------------------------------------
+
+
+@given(batch=st.integers(1, 200), warmup=st.integers(0, STEPS))
+def test_every_batch_size_trains_on_equal_tokens(batch: int, warmup: int) -> None:
+    """And warms up over equal tokens; within a step."""
+    base = override(BASE, [f"schedule.warmup_steps={warmup}"])
+    run = run_of(base, {"batch.sequences": batch}, settings())
+    trained = total_steps_of(run) * run.tokens_per_step
+    assert TOKENS <= trained < TOKENS + run.tokens_per_step
+    warmed = run.schedule.warmup_steps * run.tokens_per_step
+    assert abs(warmed - warmup * base.tokens_per_step) <= max(run.tokens_per_step - 1, run.tokens_per_step / 2)
+    assert (run.schedule.warmup_steps == 0) == (warmup == 0)
+
+
+def test_counted_in_steps_they_would_not() -> None:
+    """Negative control."""
+    run = override(GIVEN, ["batch.sequences=16"])
+    assert run.budget is not None and run.budget.steps == STEPS
+    assert run.budget.steps * run.tokens_per_step == 2 * TOKENS
+
+
+def test_the_interval_of_a_step_schedule_covers_equal_tokens() -> None:
+    base = override(BASE, ["schedule.kind=step", "schedule.step_unit=steps", "schedule.step_size=10"])
+    run = run_of(base, {"batch.sequences": 16}, settings())
+    assert run.schedule.step_size * run.tokens_per_step == 10 * base.tokens_per_step
+    in_epochs = override(base, ["schedule.step_unit=epochs"])
+    assert run_of(in_epochs, {"batch.sequences": 16}, settings()).schedule.step_size == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("own budgets", []),
+        ("one budget for both", ["phases.code.budget=null", "phases.prose.budget=null", "budget.steps=700"]),
+        ("one of its own", ["phases.code.budget=null", "budget.steps=30"]),
+        ("epochs", ["phases.code.budget.epochs=2", "phases.prose.budget.epochs=1"]),
+    ],
+)
+def test_budgets_of_several_phases_become_tokens(name: str, changes: list[str]) -> None:
+    """Whatever they were counted in, and whether a phase has its own."""
+    given_config = override(PRESETS["fundamentallm/two-phase"](), changes)
+    inherited = any(phase.budget is None for phase in given_config.phases)
+    tokens = [700 * 512, 700 * 512] if inherited else [30 * 512, 50 * 512]
+    base = in_tokens(given_config, tokens)
+    assert [phase.budget.tokens for phase in base.resolved_phases()] == tokens
+    assert all(phase.budget.steps is phase.budget.epochs is None for phase in base.resolved_phases())
+    assert [p.model_copy(update={"budget": None}) for p in base.phases] == [
+        p.model_copy(update={"budget": None}) for p in given_config.phases
+    ]
+    doubled = run_of(base, {"batch.sequences": 16}, settings())
+    assert [2 * steps for steps in steps_of_phases(doubled)] == steps_of_phases(base)
+
+
+def test_warm_ups_of_phases_cover_equal_tokens() -> None:
+    base = in_tokens(PRESETS["fundamentallm/two-phase"](), [800 * 512, 800 * 512])
+    run = run_of(base, {"batch.sequences": 32}, settings())
+    assert [phase.schedule.warmup_steps for phase in run.resolved_phases()] == [25, round(50 / 4)]
+
+
+# ---- what follows from the point ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rule", "factor"), [("none", 1.0), ("linear", 2.0), ("sqrt", math.sqrt(2))])
+def test_the_rate_follows_the_batch_as_asked(rule: str, factor: float) -> None:
+    point = {"optim.lr": 3e-3, "batch.sequences": 16}
+    assert run_of(BASE, point, settings(lr_rule=rule)).optim.lr == pytest.approx(3e-3 * factor, rel=1e-15)
+    alike = {"optim.lr": 3e-3, "batch.sequences": BATCH}
+    assert run_of(BASE, alike, settings(lr_rule=rule)).optim.lr == 3e-3
+    phases = in_tokens(PRESETS["fundamentallm/two-phase"](), [51200, 51200])
+    rates = [p.optim.lr for p in run_of(phases, {"batch.sequences": 16}, settings(lr_rule=rule)).resolved_phases()]
+    assert rates == pytest.approx([1e-3 * factor, 5e-4 * factor], rel=1e-15)
+
+
+def test_seeds_differ_and_nothing_else_does() -> None:
+    runs = [run_of(BASE, {"optim.lr": 1e-3}, settings(seeds=3), seed_index=index) for index in range(3)]
+    assert [run.seed for run in runs] == [BASE.seed, BASE.seed + 1, BASE.seed + 2]
+    assert len({run.model_copy(update={"seed": 0}).model_dump_json() for run in runs}) == 1
+
+
+@given(batch=st.integers(1, 100), workers=st.integers(1, 4), limit=st.one_of(st.none(), st.integers(1, 100)))
+def test_the_micro_batch_divides_and_fits(batch: int, workers: int, limit: int | None) -> None:
+    base = override(BASE, [f"batch.sequences={4 * workers}", f"workers={workers}"])
+    point = {"batch.sequences": batch * workers}
+    run = run_of(base, point, settings(), micro_limit=limit)
+    assert run.accumulation * run.micro_sequences * workers == batch * workers
+    if limit is not None:
+        assert run.batch.micro_sequences is not None and run.batch.micro_sequences <= limit
+        assert not any(batch % size == 0 for size in range(run.batch.micro_sequences + 1, min(limit, batch) + 1))
+
+
+def test_a_batch_that_workers_cannot_share_makes_no_run() -> None:
+    with pytest.raises(ConfigError, match="workers"):
+        run_of(override(BASE, ["workers=2"]), {"batch.sequences": 3}, settings())
+
+
+def test_every_trial_is_judged_and_saved_alike() -> None:
+    """At equal tokens, never stopped by its own patience, and it diverges for good."""
+    for batch in (4, 16):
+        run = run_of(BASE, {"batch.sequences": batch}, settings(evaluations=5))
+        assert run.evaluation.every_tokens == math.ceil(TOKENS / 5)
+        assert (run.early_stopping.patience, run.optim.on_nonfinite, run.samples.count) == (0, "raise", 0)
+        assert run.checkpoint.at_evaluations
+
+
+# ---- settings -----------------------------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no trials": ({"trials": 0}, "--trials"),
+    "no seeds": ({"seeds": 0}, "--seeds"),
+    "no evaluations": ({"evaluations": 0}, "--evaluations"),
+    "one of one": ({"reduction": 1}, "--reduction"),
+    "an unknown metric": ({"objectives": ({"metric": "val/f1"},)}, "never reported"),
+    "an unknown way": ({"objectives": ({"metric": "val/loss", "mode": "best"},)}, "--objective"),
+    "two objectives for one": ({"objectives": ({}, {"metric": "val/accuracy"})}, "one objective"),
+    "one objective for several": ({"searcher": "multi"}, "several objectives"),
+    "a seed below 0": ({"seed": -1}, "--search-seed"),
+    "no objective": ({"objectives": ()}, "--objective"),
+    "a population of several seeds": ({"scheduler": "pbt", "seeds": 2}, "pbt"),
+    "a population on a grid": ({"scheduler": "pbt", "searcher": "grid"}, "pbt"),
+    "grace beyond the budget": ({"grace": TOKENS + 1}, "grace"),
+    "an unknown searcher": ({"searcher": "bayes"}, "--searcher"),
+    "threads": ({"cpus_per_trial": 0}, "--cpus-per-trial"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_settings_that_do_not_fit_are_refused_in_one_sentence(case: str) -> None:
+    changes, part = REFUSED[case]
+    with pytest.raises(ConfigError) as refusal:
+        settings(**changes)
+    assert part in str(refusal.value)
+    assert "\n" not in str(refusal.value) and str(refusal.value).endswith(".")
+
+
+def test_settings_survive_json() -> None:
+    several = settings(searcher="multi", objectives=({}, {"metric": "val/accuracy", "mode": "max"}))
+    for each in (settings(), several):
+        assert SweepSettings.model_validate_json(each.model_dump_json()) == each
+
+
+@given(tokens=st.integers(1, 10**7), evaluations=st.integers(1, 40))
+def test_milestones_rise_to_the_budget(tokens: int, evaluations: int) -> None:
+    """At each multiple of the reporting interval, and at the budget, where a run is evaluated too."""
+    asked = settings(tokens=tokens, evaluations=evaluations)
+    milestones = milestones_of(asked)
+    assert milestones == sorted(set(milestones)) and milestones[-1] == tokens
+    assert len(milestones) <= evaluations
+    assert all(milestone % asked.report_every == 0 for milestone in milestones[:-1])
+    assert milestones_of(settings(tokens=tokens, scheduler="none")) == [tokens]
+
+
+def ideal_halving(trials: int, grace: int, reduction: int, budget: int) -> int:
+    """Tokens of synchronous successive halving, counted trial by trial."""
+    total, rung, before, left = 0, grace, 0, trials
+    while rung < budget:
+        total += left * (rung - before)
+        before, rung, left = rung, rung * reduction, left // reduction
+    return total + left * (budget - before)
+
+
+def test_expected_tokens_are_those_of_halving() -> None:
+    for trials, reduction, tokens, evaluations in ((9, 3, 900, 9), (27, 3, 2700, 9), (8, 2, 800, 8)):
+        asked = settings(trials=trials, reduction=reduction, tokens=tokens, evaluations=evaluations)
+        assert expected_tokens(asked) == ideal_halving(trials, tokens // evaluations, reduction, tokens)
+        whole = settings(trials=trials, tokens=tokens, scheduler="none", seeds=2)
+        assert expected_tokens(whole) == 2 * trials * tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("45", 45), ("45s", 45), ("90m", 5400), ("1h30m", 5400), ("1.5h", 5400), ("1h1m1s", 3661)]
+)
+def test_times(text: str, seconds: float) -> None:
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "0s", "-5m", "soon", "5 m", "1m1h", "5d", "m", "inf", "1e3"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="--max-time"):
+        seconds_of(text)
+
+
+# ---- slots --------------------------------------------------------------------------------------------------
+
+
+def sweep_of(base: RunConfig = BASE, *, device: Any = "cpu", folder: Path = Path("runs/s"), **changes: Any) -> Sweep:
+    return Sweep("s", folder, Path("runs"), base, settings(**changes), SPACE, {}, (), device)
+
+
+def cluster(cpus: float, gpus: float = 0) -> Any:
+    return SimpleNamespace(cluster_resources=lambda: {"CPU": cpus, **({"GPU": gpus} if gpus else {})})
+
+
+def test_slots_are_what_the_cluster_holds() -> None:
+    request = SweepRequest(Path("runs"))
+    assert slots_of(cluster(8), sweep_of(), request).count == 8
+    assert slots_of(cluster(8), sweep_of(cpus_per_trial=3), request).count == 2
+    assert slots_of(cluster(8), sweep_of(), replace(request, concurrent=3)).count == 3
+    assert slots_of(cluster(8), sweep_of(), replace(request, concurrent=30)).count == 8
+    quarter = slots_of(cluster(16, 2), sweep_of(device="cuda"), replace(request, gpus_per_trial=0.25))
+    assert (quarter.count, quarter.resources) == (8, {"CPU": 1, "GPU": 0.25})
+    assert slots_of(cluster(16, 2), sweep_of(device="cuda"), request).count == 2
+    pair = slots_of(cluster(8), sweep_of(override(BASE, ["workers=2"])), request)
+    assert (pair.count, pair.share["cpus"], pair.resources.get("CPU", 0)) == (4, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "changes", "way_out"),
+    [
+        (2, 0, {"cpus_per_trial": 64}, "--cpus-per-trial"),
+        (2, 0, {"workers": 3}, "--workers"),
+        (2, 0, {"gpus_per_trial": 0.25}, "--device cpu"),
+        (8, 2, {"device": "cuda", "gpus_per_trial": 3}, "--gpus-per-trial"),
+        (8, 2, {"device": "cuda", "workers": 2, "gpus_per_trial": 0.5}, "--gpus-per-trial"),
+    ],
+)
+def test_a_trial_that_can_never_fit_is_refused(cpus: int, gpus: int, changes: dict[str, Any], way_out: str) -> None:
+    changes = dict(changes)
+    base = override(BASE, [f"workers={changes.pop('workers', 1)}", "batch.sequences=6"])
+    request = SweepRequest(Path("runs"), gpus_per_trial=changes.pop("gpus_per_trial", None))
+    with pytest.raises(UserError, match=way_out):
+        slots_of(cluster(cpus, gpus), sweep_of(base, **changes), request)
+
+
+# ---- the winning command ------------------------------------------------------------------------------------
+
+FREE = ("seed", "evaluation", "early_stopping", "checkpoint", "samples")
+
+
+def pasted(command: str, folder: Path) -> RunConfig:
+    """What the command line makes of the winning command."""
+    words = shlex.split(command)
+    assert words[:2] == ["orchestrate", "train"]
+    return target.resolve(words[2:], Flags(), folder / "runs").config
+
+
+def trains(config: RunConfig) -> dict[str, Any]:
+    """Everything that decides what a training gives, without how it is watched."""
+    values = config.model_dump(mode="json", exclude=set(FREE))
+    for part in [values, *values["phases"]]:
+        if part["optim"] is not None:
+            part["optim"]["on_nonfinite"] = None
+    return values
+
+
+@pytest.mark.parametrize("space", CATALOG)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_winning_command_makes_the_trial_again(preset: str, space: str, tmp_path: Path) -> None:
+    """With the sweep's own text, model and budget; on every preset that takes the space."""
+    typed = override(PRESETS[preset](), ["data.sources.0.corpus=/texts/my text.txt", "model.dropout=0.05"])
+    if space == "task_weights":
+        typed = override(typed, ['data.sources=[{"corpus": "a", "weight": 1.0}, {"corpus": "b", "weight": 2.0}]'])
+    try:
+        found = catalogued(space, typed, "cpu").space
+    except ConfigError:
+        pytest.skip("does not take this space")
+    phases = typed.resolved_phases()
+    base = in_tokens(typed, [100 * typed.tokens_per_step] * len(phases))
+    asked = SweepSettings(space=found.to_json(), trials=4, tokens=100, lr_rule="sqrt")
+    sweep = Sweep("s", tmp_path / "runs/s", tmp_path / "runs", base, asked, found, {}, (), "cpu", micro_limit=2)
+    for point in list(found.grid(2))[-3:]:
+        trial = History().ask(0, point)
+        again = pasted(command_of(sweep, trial), tmp_path)
+        assert trains(again) == trains(run_of(base, point, asked, micro_limit=2))
+        assert again == winning_run(sweep, trial)
+        assert all(getattr(again, name) == getattr(base, name) for name in FREE)
+
+
+def test_the_winning_command_of_a_configuration_of_ones_own(tmp_path: Path) -> None:
+    """It names the sweep's own file, since no preset leads there."""
+    base = build_config({**BASE.model_dump(mode="json"), "preset": "custom"})
+    sweep = sweep_of(base, folder=tmp_path / "runs" / "s")
+    sweep.folder.mkdir(parents=True)
+    (sweep.folder / "config.yaml").write_text(dump_yaml(base))
+    trial = History().ask(0, {"optim.lr": 2e-2, "batch.sequences": 16})
+    assert trains(pasted(command_of(sweep, trial), tmp_path)) == trains(run_of(base, trial.params, sweep.settings))
+    assert trains(pasted(f"orchestrate train {sweep.folder / 'config.yaml'}", tmp_path)) != trains(
+        run_of(base, trial.params, sweep.settings)
+    )
