@@ -28,6 +28,7 @@ from trainers.record import read_rows
 
 POLL_S = 0.1
 TURN = "its turn is over"  # the reason of a seed that waits for the others
+LEFT = "user"  # the reason where nobody asked for a stop, and the process is wanted back
 LAST_WORDS_S = 120.0  # for a training that was told to stop to save where it stands
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class PointRun:
         self._job = job
         self._said: queue.Queue[Said] = queue.Queue()
         self._go = threading.Event()
+        self._ended = threading.Event()
         self._told_tokens = -1
         self._clock = Stopwatch()
         self._seed_alone: SeedRun | None = None
@@ -90,6 +92,7 @@ class PointRun:
 
     def end(self) -> bool:
         """Stop it where it stands and wait; whether the thread is gone, so that the process can be used again."""
+        self._ended.set()
         self._go.set()
         if self._thread.ident is not None:
             self._thread.join(LAST_WORDS_S)
@@ -110,7 +113,7 @@ class PointRun:
     def _train(self) -> Said:
         import trainers.loop  # noqa: F401  torch and all, before the clock runs
 
-        seeds = [SeedRun(job, self._job.metrics, self._heard) for job in self._job.seeds]
+        seeds = [SeedRun(job, self._job.metrics, self._heard, self._ended) for job in self._job.seeds]
         alone = len(seeds) == 1
         outcome = Said(state="finished", reason="completed")
         for milestone in self._job.milestones[-1:] if alone else self._job.milestones:
@@ -190,10 +193,11 @@ class Stopwatch:
 class SeedRun:
     """One training of a point: a run like any other, in its own folder."""
 
-    def __init__(self, job: dict[str, Any], metrics: list[str], heard: Callable[[], None]):
+    def __init__(self, job: dict[str, Any], metrics: list[str], heard: Callable[[], None], ended: threading.Event):
         self._job = job
         self._metrics = metrics
         self._heard = heard
+        self._ended = ended
         self._folder = Path(job["run_dir"])
         self._reported: dict[int, tuple[float, ...]] = {}
         """tokens -> objectives, as heard here: the record's rows reach their file a moment later"""
@@ -230,8 +234,9 @@ class SeedRun:
             fit.join(POLL_S)
             self._heard()
             evaluations = self.evaluations()
-            if milestone is not None and evaluations and evaluations[-1][0] >= milestone:
-                request_stop(self._folder, self._job["generation"], TURN)
+            turn = TURN if milestone is not None and evaluations and evaluations[-1][0] >= milestone else None
+            if (reason := self.stop_request() or turn) in (TURN, LEFT):  # the driver has said any other by itself
+                request_stop(self._folder, self._job["generation"], reason)
         self._heard()
         if fit.error is not None and not (self._folder / OUTCOME).exists():
             raise fit.error
@@ -260,16 +265,18 @@ class SeedRun:
         self._heard()
 
     def stop_request(self) -> str | None:
-        """Why this training is to end, if the driver said so."""
+        """Why this training is to end, if the driver or Tune said so."""
         reason = requested_stop(self._folder, self._job["generation"])
-        return None if reason == TURN else reason
+        if reason in (None, TURN):
+            return LEFT if self._ended.is_set() else None
+        return reason
 
     def _context(self, milestone: int | None, *, died: bool) -> TrialContext:
         guard = Guard.begin_attempt(self._folder, self._job["generation"])
         context = TrialContext(self._folder, Path(self._job["cache_dir"]), guard, 0, 1, 0)
         if milestone is not None:
             context.pause_at, context.trained = milestone, saved_tokens(self._folder)
-        context.heard = self._report
+        context.heard, context.ended = self._report, self._ended
         if died and guard.attempt > 1:
             context.note("its process died: it starts again from the newest checkpoint")
         return context
@@ -282,7 +289,8 @@ class TrialContext(RunFolder):
     """tokens"""
     trained: int = 0
     """tokens, at the last evaluation that is in a checkpoint or was reported"""
-    heard: Callable[[dict[str, float]], None] = staticmethod(lambda metrics: None)
+    heard: Callable[[dict[str, float]], None]
+    ended: threading.Event
 
     def report(self, metrics: dict[str, float]) -> None:
         self.trained = int(metrics["tokens"])
@@ -291,7 +299,7 @@ class TrialContext(RunFolder):
     def should_stop(self) -> str | None:
         if self.pause_at is not None and self.trained >= self.pause_at:
             return TURN
-        return super().should_stop()
+        return super().should_stop() or (LEFT if self.ended.is_set() else None)
 
 
 def saved_tokens(folder: Path) -> int:

@@ -1,0 +1,246 @@
+"""Laws of the desk: every trial once, decided and told as the journal says, whatever is cut off and gone on with.
+
+Real trainings in this process, without Tune and MLflow (inline_sweeps.py); through both in test_sweeps.py.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.sweeps import desk as desks
+from orchestrator.sweeps.desk import TrialDesk
+from orchestrator.sweeps.history import PENALTY, Ending, History, Trial
+from orchestrator.sweeps.journal import JOURNAL, read_history
+from search_spaces.space import Axis, Choice, Space
+from tests.orchestrator.histories import same_history
+from tests.orchestrator.inline_sweeps import EVALUATIONS, Inline, play_with_cuts
+from trainers.errors import ConfigError
+
+HOPELESS = Space((Axis("optim.lr", Choice((1e-2, 2e-2, 1e-8, 2e-8))),))
+DIVERGING = Space((Axis("optim.lr", Choice((1e-2, 1e30))),))
+
+
+def endings(history: History) -> list[Ending]:
+    return [trial.ending for _, trial in sorted(history.trials.items()) if trial.ending is not None]
+
+
+def lines(sweep: Inline) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (sweep.folder / JOURNAL).read_text().splitlines()]
+
+
+def assert_each_once(sweep: Inline, history: History) -> None:
+    """Asked once, ended once, each evaluation noted once, and the journal is the history."""
+    counts = Counter((event["event"], event["trial"], event.get("tokens", 0)) for event in lines(sweep))
+    assert all(count == 1 for (kind, *_), count in counts.items() if kind in ("asked", "seen"))
+    assert Counter(event["trial"] for event in lines(sweep) if event["event"] == "ended") == Counter(list(history.trials))
+    assert same_history(read_history(sweep.folder / JOURNAL), history)
+
+
+def results(sweep: Kept, history: History) -> list[Any]:
+    """Per trial: settings, evaluations, ending but for its seconds, and the bits it left."""
+    return [
+        (t.params, t.seen, t.ending and (t.ending.reason, t.ending.values, t.ending.tokens), sweep.digests[number])
+        for number, t in sorted(history.trials.items())
+    ]
+
+
+class Kept(Inline):
+    """Notes the bits of a completed trial before they are dropped."""
+
+    def __init__(self, folder: Path, *args: Any, **settings: Any):
+        super().__init__(folder, *args, **settings)
+        self.digests: dict[int, str | None] = {}
+
+    def play(self, **arguments: Any) -> TrialDesk:
+        def note(desk: TrialDesk) -> None:
+            for number, trial in desk.history.trials.items():
+                if trial.ending is not None and number not in self.digests:
+                    self.digests[number] = self.left(number, desk.history).digest
+
+        return super().play(then=note, **arguments)
+
+
+# ---- cut and gone on ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Kept, History]:
+    """Four random trials, one at a time, to which nothing happens."""
+    sweep = Kept(tmp_path_factory.mktemp("whole"))
+    desk = sweep.play()
+    assert_each_once(sweep, desk.history)
+    assert [ending.reason for ending in endings(desk.history)] == ["completed"] * 4
+    return sweep, desk.history
+
+
+@pytest.mark.parametrize("cuts", [[1], [7], [5, 5], pytest.param([3] * 9, marks=pytest.mark.slow)])
+def test_cut_anywhere_every_trial_is_there_once_with_the_same_bits(
+    cuts: list[int], whole: tuple[Kept, History], tmp_path: Path
+) -> None:
+    sweep = Kept(tmp_path)
+    desk = play_with_cuts(sweep, cuts)
+    assert_each_once(sweep, desk.history)
+    theirs, ours = results(*whole), results(sweep, desk.history)
+    assert [each[:3] for each in ours] == [each[:3] for each in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine[3] in (other[3], None)  # None: it was dropped before anyone looked
+
+
+def test_another_seed_gives_another_sweep(whole: tuple[Kept, History], tmp_path: Path) -> None:
+    """Negative control of the above."""
+    other = Inline(tmp_path, seed=1).play().history
+    assert [t.params for t in other.trials.values()] != [t.params for t in whole[1].trials.values()]
+
+
+@pytest.mark.parametrize("cuts", [[4], [9, 6]])
+def test_tpe_one_at_a_time_goes_on_as_it_would_have(cuts: list[int], tmp_path: Path) -> None:
+    whole = Inline(tmp_path / "whole", searcher="tpe", trials=6, evaluations=2).play().history
+    sweep = Inline(tmp_path / "cut", searcher="tpe", trials=6, evaluations=2)
+    desk = play_with_cuts(sweep, cuts)
+    assert [t.params for t in desk.history.trials.values()] == [t.params for t in whole.trials.values()]
+    assert [t.seen for t in desk.history.trials.values()] == [t.seen for t in whole.trials.values()]
+
+
+def test_more_trials_go_on_where_the_sweep_ended(whole: tuple[Kept, History], tmp_path: Path) -> None:
+    sweep = Inline(tmp_path, trials=2)
+    sweep.play()
+    longer = Inline(tmp_path, trials=4)
+    history = longer.play().history
+    assert [t.seen for t in history.trials.values()] == [t.seen for t in whole[1].trials.values()]
+    assert {name for name, _, _ in longer.closed} == {"t0002", "t0003"}
+
+
+def test_what_the_searcher_was_told_stands_in_the_journal(tmp_path: Path) -> None:
+    sweep = Inline(tmp_path, DIVERGING, searcher="grid", trials=2)
+    desk = sweep.play()
+    ended = [(event["trial"], tuple(event["values"])) for event in lines(sweep) if event["event"] == "ended"]
+    assert desk.told == ended
+    assert desk.told == [(number, t.ending.values) for number, t in desk.history.trials.items() if t.ending]
+
+
+# ---- how trials end -----------------------------------------------------------------------------------------------
+
+
+def test_what_diverges_counts_as_a_penalty_and_the_sweep_goes_on(tmp_path: Path) -> None:
+    for mode, penalty in (("min", PENALTY), ("max", -PENALTY)):
+        objectives = [{"metric": "val/accuracy" if mode == "max" else "val/loss", "mode": mode}]
+        sweep = Inline(tmp_path / mode, DIVERGING, searcher="grid", trials=2, objectives=objectives)
+        desk = sweep.play()
+        good, bad = endings(desk.history)
+        assert (good.reason, bad.reason, bad.values) == ("completed", "nonfinite", (penalty,))
+        assert "not finite" in bad.message
+        assert desk.best() is desk.history.trials[0]
+        assert [(name, reason) for name, reason, _ in sweep.closed] == [("t0000", "completed"), ("t0001", "nonfinite")]
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "hyperband", "median"])
+def test_hopeless_trials_are_stopped_and_give_their_disk_back(scheduler: str, tmp_path: Path) -> None:
+    sweep = Inline(tmp_path, HOPELESS, searcher="grid", scheduler=scheduler, trials=4, reduction=2)
+    if scheduler == "median":
+        sweep = Inline(tmp_path, Space((Axis("optim.lr", Choice((1e-2, 2e-2, 3e-2, 1e-8))),)), searcher="grid", scheduler=scheduler)  # fmt: skip # noqa: E501
+    desk = sweep.play()
+    assert_each_once(sweep, desk.history)
+    stopped = [trial for trial in desk.history.trials.values() if trial.ending and trial.ending.reason == scheduler]
+    completed = [trial for trial in desk.history.trials.values() if trial.ending and trial.ending.reason == "completed"]
+    assert stopped and completed
+    for trial in stopped:
+        assert trial.params["optim.lr"] < 1e-3 or scheduler == "hyperband"
+        assert len(trial.seen) < EVALUATIONS and trial.ending is not None
+        assert trial.ending.values == trial.seen[-1].values
+        assert not (sweep.folder / trial.name / "checkpoints").exists()
+        assert json.loads((sweep.folder / trial.name / "outcome.json").read_text())["reason"] == scheduler
+    best = desk.best()
+    assert best is not None
+    kept = {path.parent.name for path in sweep.folder.glob("t*/checkpoints")}
+    assert kept == {best.name}
+
+
+def test_a_point_that_makes_no_run_is_an_error_and_the_sweep_goes_on(tmp_path: Path) -> None:
+    sweep = Inline(tmp_path)
+
+    def refuse(trial: Trial) -> None:
+        if trial.number == 1:
+            raise ConfigError("optim.lr: not today.")
+
+    sweep.broken = refuse
+    desk = sweep.play()
+    assert [ending.reason for ending in endings(desk.history)] == ["completed", "error", "completed", "completed"]
+    assert endings(desk.history)[1].message == "optim.lr: not today."
+    assert endings(desk.history)[1].values == (PENALTY,)
+
+
+def test_a_trial_whose_process_died_too_often_is_an_error(tmp_path: Path) -> None:
+    sweep = Inline(tmp_path, trials=2)
+
+    def die(desk: TrialDesk) -> None:
+        if sweep.events == 1:
+            [(number, run)] = sweep._runs
+            sweep._runs.clear()
+            desk.over(number, {}, "its process died 4 times")
+            assert run.end()
+
+    began = time.monotonic()
+    desk = sweep.play(then=die)
+    assert time.monotonic() - began < desks.LAST_WORDS_S / 2  # nobody waits for the last words of the dead
+    assert [ending.reason for ending in endings(desk.history)] == ["error", "completed"]
+    assert "died" in endings(desk.history)[0].message
+
+
+# ---- stopping -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("reason", "seeds"), [("user", 1), ("budget", 1), ("user", 3)])
+def test_stopped_in_order_it_goes_on_as_if_nothing_had_been(reason: Any, seeds: int, tmp_path: Path) -> None:
+    """In its first turn, several seeds stop without waiting for those that never began."""
+    whole = Inline(tmp_path / "whole", trials=2, seeds=seeds).play().history
+    sweep = Inline(tmp_path / "stopped", trials=2, seeds=seeds)
+    began = time.monotonic()
+    desk = sweep.play(then=lambda desk: desk.close(reason))
+    assert time.monotonic() - began < desks.LAST_WORDS_S / 2
+    assert not endings(desk.history) and len(desk.history.trials) == 1
+    assert {each for _, each, _ in sweep.closed} == {reason} and len(sweep.closed) == seeds
+    assert desk.history.trials[0].train_s > 0
+    history = sweep.play().history
+    assert_each_once(sweep, history)
+    assert [t.seen for t in history.trials.values()] == [t.seen for t in whole.trials.values()]
+    ending = history.trials[0].ending
+    assert ending is not None and ending.train_s > desk.history.trials[0].train_s
+
+
+def test_what_goes_wrong_at_the_desk_ends_no_trial_for_good(tmp_path: Path) -> None:
+    """A full disk, say: the sweep ends with the error, and goes on when it is mended."""
+    whole = Inline(tmp_path / "whole", trials=3).play().history
+    sweep = Inline(tmp_path / "broken", trials=3, slots=2)
+
+    def fail(trial: Trial) -> None:
+        if trial.number == 2:
+            raise OSError(28, "No space left on device")
+
+    sweep.broken = fail
+    with pytest.raises(OSError, match="No space"):
+        sweep.play()
+    assert all(ending.reason == "completed" for ending in endings(read_history(sweep.folder / JOURNAL)))
+    sweep.broken = lambda trial: None
+    history = sweep.play().history
+    assert_each_once(sweep, history)
+    assert [t.params for t in history.trials.values()] == [t.params for t in whole.trials.values()]
+    assert [t.ending and t.ending.reason for t in history.trials.values()] == ["completed"] * 3
+
+
+def test_tokens_count_every_seed(tmp_path: Path) -> None:
+    sweep = Inline(tmp_path, trials=2, seeds=2)
+    desk = sweep.play()
+    assert desk.tokens == 2 * 2 * sweep.settings.tokens
+
+
+def test_a_space_of_two_points_runs_out(tmp_path: Path) -> None:
+    sweep = Inline(tmp_path, Space((Axis("optim.lr", Choice((1e-2, 2e-2))),)), trials=10)
+    desk = sweep.play()
+    assert len(desk.history.trials) == 2
+    assert [ending.reason for ending in endings(desk.history)] == ["completed"] * 2
