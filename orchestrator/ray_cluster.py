@@ -8,7 +8,7 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from trainers.errors import UserError
 from trainers.openmp import spin_briefly
 
+IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for what `ray job submit` runs
 POLL_S = "0.5"  # how often Ray Train's controller looks at its workers; a report waits for it
 
 
@@ -65,18 +66,34 @@ def ray_cluster(workers: int, *, verbose: bool, log_path: Path) -> Iterator[Any]
 def resources_per_worker(ray: Any, workers: int, device: str) -> Resources:
     """An equal share of the cluster's CPUs, and one GPU each where there is one per worker.
 
-    Raises UserError when the cluster could never place the workers.
+    The CPUs that are reserved for this very process, where it is a job, are not there to share. Raises UserError when
+    the cluster could never place the workers.
     """
     total = ray.cluster_resources()
     gpus = int(total.get("GPU", 0))
     wants_gpu = device == "cuda" or (device == "auto" and gpus >= workers)
     if wants_gpu and gpus < workers:
         raise UserError(f"--workers {workers} on cuda needs {workers} GPUs; the cluster has {gpus}. Lower --workers.")
-    cpus = int(total.get("CPU", 0))
-    if cpus < workers:
-        raise UserError(f"--workers {workers} needs a CPU each; the cluster has {cpus}. Lower --workers.")
-    one_node = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-    return Resources(min(cpus // workers, one_node), int(wants_gpu), gpus)
+    free = free_cpus(ray)
+    if sum(free) < workers:
+        raise UserError(
+            f"--workers {workers} needs a CPU each, and the cluster has {sum(free)} besides what this job itself "
+            "holds. Lower --workers."
+        )
+    return Resources(equal_share(free, workers), int(wants_gpu), gpus)
+
+
+def free_cpus(ray: Any) -> list[int]:
+    """CPUs of each node that lives, less those that a job reserved for this process (`orchestrate submit --cpus`)."""
+    here = ray.get_runtime_context().get_node_id()
+    held = float(os.environ.get("ORCHESTRATE_DRIVER_CPUS", "0"))
+    nodes = ((node["NodeID"], node["Resources"].get("CPU", 0.0)) for node in ray.nodes() if node["Alive"])
+    return [int(cpus - (held if node == here else 0)) for node, cpus in nodes]
+
+
+def equal_share(free: Sequence[int], workers: int) -> int:
+    """The most CPUs that each of `workers` can have at once, when a worker lives on one node."""
+    return next(share for share in range(max(free), 0, -1) if sum(node // share for node in free) >= workers)
 
 
 def usable_cpus() -> int:
@@ -91,7 +108,6 @@ def usable_cpus() -> int:
 def _environment(verbose: bool) -> None:
     """Set before ray is imported; what the user has set stays."""
     defaults = {
-        "RAY_AUTH_MODE": "token",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": POLL_S,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_V2_ENABLED": "1",
@@ -104,8 +120,28 @@ def _environment(verbose: bool) -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     spin_briefly()  # a local cluster's workers inherit it
-    if not os.environ.get("RAY_AUTH_TOKEN") and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token_file())
+    if IN_A_JOB not in os.environ:  # which has the mode and the token of its cluster
+        ask_for_token(joining=bool(os.environ.get("RAY_ADDRESS")))
+
+
+def ask_for_token(*, joining: bool) -> str:
+    """Turn token authentication on for this process; where the token comes from, in words.
+
+    A cluster that another started is joined with the token Ray finds by itself; one of ours has our own token. Raises
+    UserError for a file that holds none, over which Ray would abort.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "RAY_AUTH_TOKEN"
+    if named := os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        with contextlib.suppress(OSError):
+            if Path(named).read_text(encoding="utf-8", errors="replace").strip():
+                return named
+        raise UserError(f"RAY_AUTH_TOKEN_PATH names {named}, which cannot be read or is empty. Name the token's file.")
+    rays_own = Path.home() / ".ray" / "auth_token"
+    path = rays_own if joining and rays_own.is_file() else _token_file()
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+    return str(path)
 
 
 def _token_file() -> Path:
