@@ -19,24 +19,28 @@ import psutil
 
 PATIENCE_S = 120.0
 BIN = Path(sys.executable).parent
+REMEMBERED = Path("/tmp/ray/ray_current_cluster")
 
 
 class Head:
     """The node's processes, and the environment of a person who may use it."""
 
-    def __init__(self, folder: Path, cpus: int):
+    def __init__(self, folder: Path, cpus: int, *, dashboard: bool = True):
         self.temporary = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: it holds the names of sockets
         self.token = folder / "token"
         self.token.touch(mode=0o600)
         self.token.write_text(secrets.token_hex(32))
-        dashboard, client, agent, agent_grpc, environments, metrics = free_ports(6)
-        self.address = f"http://127.0.0.1:{dashboard}"
+        self._gcs, board, client, agent, agent_grpc, environments, metrics = free_ports(7)
+        self.address = f"http://127.0.0.1:{board}"
+        self.gcs_address = f"127.0.0.1:{self._gcs}"
+        """what RAY_ADDRESS names for a driver on this machine"""
+        self._dashboard = dashboard
         self.log = folder / "head.log"
         options = {
-            "port": 0,
+            "port": self._gcs,
             "num-cpus": cpus,
             "dashboard-host": "127.0.0.1",
-            "dashboard-port": dashboard,
+            "dashboard-port": board,
             "ray-client-server-port": client,
             "dashboard-agent-listen-port": agent,
             "dashboard-agent-grpc-port": agent_grpc,
@@ -47,7 +51,8 @@ class Head:
             "object-store-memory": 200 << 20,
             "temp-dir": self.temporary,
         }
-        command = [str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", "--include-dashboard=true"]
+        command = [str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats"]
+        command += [f"--include-dashboard={str(dashboard).lower()}"]
         command += [f"--{name}={value}" for name, value in options.items()]
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
@@ -65,12 +70,13 @@ class Head:
         deadline = time.monotonic() + PATIENCE_S
         while not self._answers():
             assert self.process.poll() is None, self.log.read_text(errors="replace")
-            assert time.monotonic() < deadline, (
-                f"no dashboard in {PATIENCE_S} s: {self.log.read_text(errors='replace')}"
-            )
+            assert time.monotonic() < deadline, f"no answer in {PATIENCE_S} s: {self.log.read_text(errors='replace')}"
             time.sleep(0.2)
 
     def _answers(self) -> bool:
+        if not self._dashboard:
+            with socket.socket() as knocking:
+                return knocking.connect_ex(("127.0.0.1", self._gcs)) == 0
         request = urllib.request.Request(
             f"{self.address}/api/jobs/", headers={"Authorization": f"Bearer {self.token.read_text()}"}
         )
@@ -91,6 +97,9 @@ class Head:
                 process.kill()
         psutil.wait_procs(family, timeout=10)
         shutil.rmtree(self.temporary, ignore_errors=True)
+        with suppress(OSError):  # Ray notes the newest cluster of the machine, and whoever starts Ray would wait for it
+            if REMEMBERED.read_text(encoding="utf-8").endswith(f":{self._gcs}"):
+                REMEMBERED.unlink()
 
 
 def free_ports(count: int) -> list[int]:
