@@ -10,12 +10,15 @@ import sys
 from benchmarks.tables import write_readme
 
 SUITES = {  # in the order they run; minutes on two idle cores
-    "step_overhead": 7,
+    "step_overhead": 6,
     "logging_cost": 1,
     "checkpoint_stall": 3,
-    "first_step": 8,
+    "first_step": 6,
     "orchestrated": 12,
     "packing_memory": 30,
+    "sweep_efficiency": 14,
+    "sweep_scale": 6,
+    "sweep_search": 9,
 }
 ELSEWHERE = {"gpu_suite": "one CUDA device", "chaos": "`make chaos`: kills and corrupts"}
 
