@@ -29,6 +29,17 @@ from typing import Any
 from benchmarks.measure import RESULTS, machine
 from tests.orchestrator.episodes import goodput, kill_driver, kill_workers, lock_store, stop
 from tests.orchestrator.faults import SNAPSHOTS, STEPS, Place, assert_same, assert_told_once, undisturbed
+from tests.orchestrator.sweep_episodes import (
+    RANDOM,
+    SweepLeft,
+    SweepPlace,
+    any_moment,
+    assert_as_undisturbed,
+    interrupt_sweep,
+    kill_sweep_driver,
+    kill_sweep_trial,
+    undisturbed_sweep,
+)
 from tests.trainers.crash import Ending
 
 PROJECT = Path(__file__).parents[1]
@@ -67,11 +78,21 @@ class Bench:
     def __init__(self, folder: Path):
         self.place = Place(folder)
         self._whole: dict[int, Ending] = {}
+        (folder / "sweeps").mkdir()
+        self.sweeps = SweepPlace(folder / "sweeps")
+        self.sweeps.commands = self.place.commands  # closed with them
+        self._whole_sweep: SweepLeft | None = None
 
     def whole(self, workers: int) -> Ending:
         if workers not in self._whole:
             self._whole[workers] = undisturbed(self.place, f"undisturbed-{workers}", workers)
         return self._whole[workers]
+
+    def whole_sweep(self) -> SweepLeft:
+        """Four random trials, two at a time."""
+        if self._whole_sweep is None:
+            self._whole_sweep = undisturbed_sweep(self.sweeps)
+        return self._whole_sweep
 
 
 # ---- through Ray -----------------------------------------------------------------------------------------------------
@@ -116,6 +137,34 @@ def store_locked(bench: Bench, seed: int) -> dict[str, Any]:
     """Until training is over; or for longer than the command has patience, so that the next one must deliver."""
     whole = bench.whole(1)
     return lock_store(bench.place, bench.place.start(f"f9-{seed}"), whole, until_the_end=bool(seed % 2))
+
+
+def sweep_stopped(bench: Bench, seed: int) -> dict[str, Any]:
+    """Ctrl-C, and continued by the same command."""
+    name, (trial, step) = f"f14-stop-{seed}", any_moment(random.Random(f"F14 stop {seed}"), bench.whole_sweep())
+    measured = interrupt_sweep(bench.sweeps, name, RANDOM, trial, step)
+    return {"trial": trial, "step": step} | measured | gone_on(bench, name)
+
+
+def sweep_driver_killed(bench: Bench, seed: int) -> dict[str, Any]:
+    name, (trial, step) = f"f14-driver-{seed}", any_moment(random.Random(f"F14 driver {seed}"), bench.whole_sweep())
+    measured = kill_sweep_driver(bench.sweeps, name, RANDOM, trial, step)
+    return {"trial": trial, "step": step} | measured | gone_on(bench, name)
+
+
+def trial_killed(bench: Bench, seed: int) -> dict[str, Any]:
+    name, (trial, step) = f"f14-trial-{seed}", any_moment(random.Random(f"F14 trial {seed}"), bench.whole_sweep())
+    command, measured = kill_sweep_trial(bench.sweeps, name, RANDOM, trial, step)
+    command.expect(0)
+    assert_as_undisturbed(bench.sweeps, command, bench.whole_sweep())
+    return {"trial": trial} | measured
+
+
+def gone_on(bench: Bench, name: str) -> dict[str, Any]:
+    """The same command again: the sweep as if nothing had been."""
+    command = bench.sweeps.run_sweep(name, *RANDOM)
+    assert_as_undisturbed(bench.sweeps, command, bench.whole_sweep())
+    return {}
 
 
 def kills_every_30_s(bench: Bench, seed: int) -> dict[str, Any]:
@@ -186,6 +235,9 @@ FAULTS = {
         1,
         tests("tests/trainers/test_engine.py", "tests/trainers/test_engine_distributed.py", "-k", "finite or bad"),
     ),
+    "F14-stop": Fault("Ctrl-C in a sweep, the same command afterwards", 10, sweep_stopped),
+    "F14-driver": Fault("kill -9 of a sweep's driver, the same command afterwards", 10, sweep_driver_killed),
+    "F14-trial": Fault("kill -9 of a sweep's trial", 10, trial_killed),
     "F19": Fault("names that lead elsewhere", 1, tests(f"{TRAIN}", "-k", "leads_nowhere or linked_folder")),
     "F22": Fault(
         "bad data",
@@ -262,12 +314,12 @@ def write_record(cases: dict[tuple[str, int], Case]) -> None:
 
 def table(cases: dict[tuple[str, int], Case]) -> str:
     """A line a fault: how many passed of how many played, and of how many the full programme has."""
-    lines = [f"{'fault':8} {'passed':>12} {'of':>4}  {'single cases':>12}  what"]
+    lines = [f"{'fault':10} {'passed':>12} {'of':>4}  {'single cases':>12}  what"]
     for name, fault in FAULTS.items():
         played = [case for (fault_name, _), case in cases.items() if fault_name == name]
         passed = f"{sum(case.passed for case in played)} of {len(played)}"
         single = sum(case.plays for case in played if case.passed)
-        lines.append(f"{name:8} {passed:>12} {fault.count:>4}  {single:>12,}  {fault.what}")
+        lines.append(f"{name:10} {passed:>12} {fault.count:>4}  {single:>12,}  {fault.what}")
     return "\n".join(lines)
 
 

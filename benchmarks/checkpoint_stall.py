@@ -9,13 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from trainers.openmp import spin_briefly
 
-from benchmarks.measure import Figure, quantile, ratio, report
-from benchmarks.workload import QUIET, OurLoop, our_loop, scratch
-from trainers.config import RunConfig
-from trainers.config_io import override
-from trainers.presets import PRESETS
+spin_briefly()  # as every command of ours does, before torch is imported
+
+import torch  # noqa: E402
+
+from benchmarks.measure import Figure, quantile, ratio, report  # noqa: E402
+from benchmarks.workload import QUIET, OurLoop, our_loop, scratch  # noqa: E402
+from trainers.config import RunConfig  # noqa: E402
+from trainers.config_io import override  # noqa: E402
+from trainers.presets import PRESETS  # noqa: E402
 
 BAR_COPIES, BAR_SMALL_S = 2.0, 0.005
 BARE_CHUNK = 8 << 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,29 @@ from benchmarks.workload import BareJob, OurLoop, our_loop, scratch, small_as_sh
 from trainers.config import RunConfig
 
 BAR = 1.02
-BLOCK = 20  # steps between two looks at the clock
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One comparison of the report."""
+
+    name: str
+    build: Callable[[int], RunConfig]
+    """the configuration of so many steps"""
+    block: int
+    """steps between two looks at the clock: some seconds of both sides, and every logged step's share"""
+    pairs: float = 1.0
+    """of those asked for"""
+    seeded: bool = True
+    """the bare loop seeds the dropout masks of each step as ours does, without which losses cannot be compared"""
+    bar: float | None = None
+
+
+PEERS = (
+    Peer("2 M parameters", two_million, block=10, bar=BAR),
+    Peer("fundamentallm/small", small_as_shipped, block=20, pairs=2.5),
+    Peer("fundamentallm/small, peer unseeded", small_as_shipped, block=20, pairs=2.5, seeded=False),
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +46,7 @@ class Comparison:
     """What the blocks of every loop took, and whether they computed the same."""
 
     costs: dict[str, list[Cost]]
+    block: int
     equal_losses: int
     """logged losses that are the same bits on both sides"""
     losses: int
@@ -32,33 +56,30 @@ class Comparison:
         return ratio(*([getattr(cost, attribute) for cost in self.costs[side]] for side in (ours, theirs)))
 
     def median_step_ms(self, side: str) -> float:
-        return float(np.median([cost.seconds for cost in self.costs[side]])) / BLOCK * 1e3
+        return float(np.median([cost.seconds for cost in self.costs[side]])) / self.block * 1e3
 
 
-def compare(config: RunConfig, *, pairs: int, warm_up: int, what: str, seeded: bool = True) -> Comparison:
-    """`pairs` rounds of a block of our loop, of the bare one and of the bare one again (the A/A control).
-
-    seeded: the bare loops seed the dropout masks of each step as ours does, without which losses cannot be compared.
-    """
-    total = (pairs + warm_up) * BLOCK
-    with scratch() as folder, our_loop(config, folder) as ours:
+def compare(peer: Peer, *, pairs: int, warm_up: int) -> Comparison:
+    """`pairs` rounds of a block of our loop, of the bare one and of the bare one again (the A/A control)."""
+    total = (pairs + warm_up) * peer.block
+    with scratch() as folder, our_loop(peer.build(total + 1), folder) as ours:
         job = BareJob.of(ours, total)
         bare, control = job.loop(ours.run.model), job.loop(ours.run.model)
-        if not seeded:
+        if not peer.seeded:
             bare.seeds = control.seeds = None
         sides = {
-            "ours": functools.partial(timed, functools.partial(ours.steps, BLOCK)),
-            "bare": functools.partial(timed, functools.partial(_steps, bare)),
-            "control": functools.partial(timed, functools.partial(_steps, control)),
+            "ours": functools.partial(timed, functools.partial(ours.steps, peer.block)),
+            "bare": functools.partial(timed, functools.partial(_steps, bare, peer.block)),
+            "control": functools.partial(timed, functools.partial(_steps, control, peer.block)),
         }
         rounds(sides, warm_up)
-        costs = rounds(sides, pairs, what=what)
+        costs = rounds(sides, pairs, what=peer.name)
         equal, count = _equal_losses(ours, bare)
-        return Comparison(costs, equal, count, _equal_weights(ours, bare))
+        return Comparison(costs, peer.block, equal, count, _equal_weights(ours, bare))
 
 
-def _steps(loop: BareLoop) -> None:
-    for _ in range(BLOCK):
+def _steps(loop: BareLoop, count: int) -> None:
+    for _ in range(count):
         loop.step()
 
 
@@ -77,35 +98,37 @@ def _equal_weights(ours: OurLoop, bare: BareLoop) -> bool:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--pairs", type=int, default=24)
     options = parser.parse_args(arguments)
-    pairs, warm_up = (1, 1) if options.quick else (options.pairs, 3)
+    pairs, warm_up = (1, 1) if options.quick else (options.pairs, 2)
 
     figures: list[Figure] = []
     samples = {}
-    for name, build, seeded in (
-        ("2 M parameters", two_million, True),
-        ("fundamentallm/small", small_as_shipped, True),
-        ("fundamentallm/small, peer unseeded", small_as_shipped, False),
-    ):
-        count = pairs if build is two_million else pairs * 2
-        config = build((count + warm_up) * BLOCK + 1)
-        found = compare(config, pairs=count, warm_up=warm_up, what=name, seeded=seeded)
+    for peer in PEERS:
+        name = peer.name
+        found = compare(peer, pairs=round(pairs * peer.pairs), warm_up=warm_up)
         control = found.ratio("control", "bare")
-        bar = BAR if build is two_million else None
         figures += [
-            Figure.of(f"{name}: our step / bare step", found.ratio("ours", "bare"), bar=bar, noise=noise_of(control)),
+            Figure.of(
+                f"{name}: our step / bare step", found.ratio("ours", "bare"), bar=peer.bar, noise=noise_of(control)
+            ),
             Figure.of(f"{name}: CPU seconds, ours / bare", found.ratio("ours", "bare", "cpu_seconds")),
             Figure.of(f"{name}: control, bare / bare", control),
             Figure(f"{name}: bare step", found.median_step_ms("bare"), "ms"),
         ]
-        if seeded:
+        if peer.seeded:
             share = found.equal_losses / found.losses
             figures.append(Figure(f"{name}: losses equal bit for bit", share, "of all", bar=1.0, at_least=True))
             weights = float(found.equal_weights)
             figures.append(Figure(f"{name}: weights equal at the end", weights, "(1: yes)", bar=1, at_least=True))
         samples[name] = found.costs
-    report("step_overhead", figures, quick=options.quick, steps_a_block=BLOCK, samples=samples)
+    report(
+        "step_overhead",
+        figures,
+        quick=options.quick,
+        steps_a_block={peer.name: peer.block for peer in PEERS},
+        samples=samples,
+    )
 
 
 if __name__ == "__main__":

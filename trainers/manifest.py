@@ -270,7 +270,11 @@ def file_sha256(path: Path) -> str:
 
 def render_meta(meta: Mapping[str, Any]) -> bytes:
     """Strict JSON; infinities and NaN travel as {"$float": "inf"}."""
-    return json.dumps(_tag_floats(meta), allow_nan=False).encode() + b"\n"
+    try:
+        text = json.dumps(meta, allow_nan=False)  # training waits for this, and tags are rare
+    except ValueError:
+        text = json.dumps(_tag_floats(meta), allow_nan=False)
+    return text.encode() + b"\n"
 
 
 def _tag_floats(value: Any) -> Any:

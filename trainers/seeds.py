@@ -40,10 +40,12 @@ def rng_tensors() -> dict[str, torch.Tensor]:
     assert version == 3
     kind, keys, position, has_gauss, cached = cast(tuple[str, np.ndarray, int, int, float], np.random.get_state())
     assert kind == "MT19937"
+    numbers = np.empty(len(keys) + 2, dtype=np.int64)
+    numbers[:-2], numbers[-2], numbers[-1] = keys, position, has_gauss
     tensors = {
         "rng/python": torch.from_numpy(np.array(words, dtype=np.int64)),
         "rng/python_gauss": torch.from_numpy(np.array([] if gauss is None else [gauss], dtype=np.float64)),
-        "rng/numpy": torch.from_numpy(np.append(keys, [position, has_gauss]).astype(np.int64)),
+        "rng/numpy": torch.from_numpy(numbers),
         "rng/numpy_gauss": torch.from_numpy(np.array([cached], dtype=np.float64)),
         "rng/torch": torch.get_rng_state(),
     }

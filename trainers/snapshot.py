@@ -15,7 +15,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 ALIGNMENT = 64  # bytes: a cache line, and more than any element needs
 PIECE = 2 << 20  # bytes that a thread copies at a time: no thread waits longer than this takes for the last one
-SMALL = 64 << 10  # bytes that are copied before another thread could be told of them
+SMALL = 64 << 10  # bytes of a tensor that is copied before the others would have taken it
 WORTH_HELP = 4 << 20  # bytes of a snapshot below which one thread is done before another has begun
 MOST_THREADS = 8  # by then the memory is what limits
 
@@ -70,6 +70,7 @@ class SnapshotBuffer(Generic[Key]):
     def copy(self, tensors: Mapping[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
         """CPU copies of `tensors` as they are at this moment, complete when this returns."""
         self.reserve(tensors)
+        small: list[Move] = []
         moves: deque[Move] = deque()
         devices: set[torch.device] = set()
         with torch.no_grad():
@@ -77,27 +78,26 @@ class SnapshotBuffer(Generic[Key]):
                 if tensor.is_cpu and tensor.is_contiguous() and not tensor.is_complex():  # complex: a conjugate is lazy
                     source = tensor.data_ptr()
                     if size <= SMALL:
-                        ctypes.memmove(address, source, size)
+                        small.append((address, source, size))
                         continue
                     for start in range(0, size, PIECE):
                         moves.append((address + start, source + start, min(PIECE, size - start)))
                 else:
                     view.copy_(tensor, non_blocking=True)
                     devices.add(tensor.device)
-        self._move(moves)
+        self._move(moves, small)
         for device in devices:
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
         return dict(self._views)
 
-    def _move(self, moves: deque[Move]) -> None:
-        threads = min(torch.get_num_threads(), MOST_THREADS)
-        if threads == 1 or self.size_bytes < WORTH_HELP:
-            _work_off(moves)
-            return
-        if self._helpers is None:
+    def _move(self, moves: deque[Move], small: list[Move]) -> None:
+        helpers = min(torch.get_num_threads(), MOST_THREADS) - 1 if self.size_bytes >= WORTH_HELP else 0
+        if helpers and self._helpers is None:
             self._helpers = ThreadPoolExecutor(MOST_THREADS - 1, thread_name_prefix="snapshot")
-        helping = [self._helpers.submit(_work_off, moves) for _ in range(threads - 1)]
+        helping = [self._helpers.submit(_work_off, moves) for _ in range(helpers)] if self._helpers else []
+        for move in small:
+            ctypes.memmove(*move)
         _work_off(moves)
         for helper in helping:
             if not helper.cancel():  # one that has not begun by now is not needed
