@@ -27,6 +27,8 @@ from trainers.identity import (
 from trainers.initial import initial_hash
 
 OUTCOME = "outcome.json"
+SWEEP = "sweep.json"
+"""makes a folder a sweep, whose trials are the runs"""
 FOLDERS = ("checkpoints", "logs", "plots", "samples", "tokenizer")
 ENDINGS = ("finished", "stopped", "failed")
 RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
@@ -88,6 +90,8 @@ def settle(config: RunConfig, request: Request, data_hashes: tuple[str, ...]) ->
     if request.fresh:
         *taken, run_dir = _until_free(request.runs_dir, name)
         name = run_dir.name
+    if (run_dir / SWEEP).exists():
+        raise ConfigError(f"{name!r} is the name of a sweep. Give the run another --name.")
     _refuse_other_than_folders(run_dir)
     stored = stored_identity(run_dir, "move it away or choose another --name.")
     experiment = Experiment(name, run_dir, config, digest, fields, stored is not None, False, tuple(taken))

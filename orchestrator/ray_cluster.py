@@ -32,11 +32,12 @@ class Resources:
 
 
 @contextlib.contextmanager
-def ray_cluster(workers: int, *, verbose: bool, log_path: Path) -> Iterator[Any]:
+def ray_cluster(workers: int, *, verbose: bool, log_path: Path, ahead: Sequence[str] = ()) -> Iterator[Any]:
     """A connection to Ray for the duration of a run: RAY_ADDRESS if set, else a cluster of this machine alone.
 
     The local cluster listens on loopback, asks for a token, and has no dashboard. Ray's own log lines go to
-    `log_path` and to the terminal only under `verbose`.
+    `log_path` and to the terminal only under `verbose`. `ahead`: modules that a local cluster's processes, one for
+    each CPU, import from the beginning; a task or actor without an environment of its own gets such a process.
     """
     _environment(verbose)
     import ray
@@ -46,14 +47,15 @@ def ray_cluster(workers: int, *, verbose: bool, log_path: Path) -> Iterator[Any]
     if address:
         ray.init(address=address, log_to_driver=verbose, logging_level=_level(verbose), configure_logging=True)
     else:
-        ray.init(
-            address="local",
-            num_cpus=max(workers, usable_cpus()),
-            include_dashboard=False,
-            dashboard_host="127.0.0.1",
-            log_to_driver=verbose,
-            logging_level=_level(verbose),
-        )
+        with _started_ahead(ahead):
+            ray.init(
+                address="local",
+                num_cpus=max(workers, usable_cpus()),
+                include_dashboard=False,
+                dashboard_host="127.0.0.1",
+                log_to_driver=verbose,
+                logging_level=_level(verbose),
+            )
     if not verbose:
         _hush_the_raylet()
     try:
@@ -61,6 +63,21 @@ def ray_cluster(workers: int, *, verbose: bool, log_path: Path) -> Iterator[Any]
             yield ray
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _started_ahead(modules: Sequence[str]) -> Iterator[None]:
+    """A raylet that is started inside makes processes that import `modules` before anybody asks for them."""
+    settings = {"RAY_enable_worker_prestart": "1", "RAY_preload_python_modules": ",".join(modules)} if modules else {}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def resources_per_worker(ray: Any, workers: int, device: str) -> Resources:

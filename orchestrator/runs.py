@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.experiment import confined
+from orchestrator.experiment import SWEEP, confined
 from trainers.errors import UserError
 
 State = Literal["running", "stopped", "finished", "failed", "interrupted", "damaged"]
@@ -41,6 +41,8 @@ class RunSummary:
     updated: float | None
     """seconds since the epoch of the newest sign of life"""
     size_bytes: int
+    kind: Literal["run", "sweep"] = "run"
+    """of a sweep the steps are its trials"""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -95,21 +97,26 @@ def suggestion(name: str, known: list[str]) -> str:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run, whole or broken."""
-    return any(os.path.lexists(folder / marker) for marker in MARKERS)
+    return any(os.path.lexists(folder / marker) for marker in MARKERS) and not is_sweep(folder)
+
+
+def is_sweep(folder: Path) -> bool:
+    return os.path.lexists(folder / SWEEP)
 
 
 def run_names(runs_dir: Path) -> list[str]:
-    """Names of every run below the runs folder, sorted."""
+    """Names of every run below the runs folder, trials of sweeps included, sorted."""
     return sorted(folder.relative_to(runs_dir).as_posix() for folder in _folders(runs_dir, DEPTH))
 
 
 def find_runs(runs_dir: Path) -> list[RunSummary]:
-    """How every run below the runs folder stands, the one touched last first. No folder: no runs."""
-    summaries = [summarize(runs_dir, folder) for folder in _folders(runs_dir, DEPTH)]
+    """How every run below the runs folder stands, the one touched last first; a sweep is one of them, without its
+    trials. No folder: no runs."""
+    summaries = [summarize(runs_dir, folder) for folder in _folders(runs_dir, DEPTH, into_sweeps=False)]
     return sorted(summaries, key=lambda run: (-(run.updated or 0.0), run.name))
 
 
-def _folders(parent: Path, depth: int) -> Iterator[Path]:
+def _folders(parent: Path, depth: int, *, into_sweeps: bool = True) -> Iterator[Path]:
     try:
         entries = sorted(os.scandir(parent), key=lambda entry: entry.name)
     except OSError:
@@ -118,17 +125,21 @@ def _folders(parent: Path, depth: int) -> Iterator[Path]:
         if entry.name.startswith(".") or not entry.is_dir(follow_symlinks=False):
             continue
         folder = Path(entry.path)
-        if is_run(folder):
+        if is_run(folder) or (is_sweep(folder) and not into_sweeps):
             yield folder
         elif depth > 1:
-            yield from _folders(folder, depth - 1)
+            yield from _folders(folder, depth - 1, into_sweeps=into_sweeps)
 
 
 # ---- reading one run --------------------------------------------------------------------------------
 
 
 def summarize(runs_dir: Path, folder: Path) -> RunSummary:
-    """How one run stands; never raises for what it finds on the disk."""
+    """How one run or sweep stands; never raises for what it finds on the disk."""
+    if is_sweep(folder):
+        from orchestrator.sweeps.standing import summarize_sweep
+
+        return summarize_sweep(runs_dir, folder)
     problems: list[str] = []
     identity = read_object(folder / "identity.json", problems)
     outcome = read_object(folder / "outcome.json", problems)
@@ -145,7 +156,7 @@ def summarize(runs_dir: Path, folder: Path) -> RunSummary:
         total_steps=total_steps(config, identity, outcome),
         train_loss=newest.get("train/loss"),
         val_loss=newest.get("val/loss"),
-        updated=_updated(folder),
+        updated=newest_time(folder, ("metrics.jsonl", "outcome.json", "claim", "identity.json", "config.yaml")),
         size_bytes=disk_size(folder),
     )
 
@@ -282,9 +293,10 @@ def disk_size(folder: Path) -> int:
     return total
 
 
-def _updated(folder: Path) -> float | None:
+def newest_time(folder: Path, names: tuple[str, ...]) -> float | None:
+    """When the newest of these files changed, in seconds since the epoch."""
     times = []
-    for name in ("metrics.jsonl", "outcome.json", "claim", "identity.json", "config.yaml"):
+    for name in names:
         try:
             times.append(os.stat(folder / name).st_mtime)
         except OSError:

@@ -34,7 +34,7 @@ def runs_table(runs: list[RunSummary], console: Console) -> None:
         table.add_row(
             Text(plain(run.name)),
             Text(run.state, style=STATE_STYLES[run.state]),
-            steps(run),
+            steps(run) + (" trials" if run.kind == "sweep" else ""),
             _loss(run.train_loss),
             _loss(run.val_loss),
             age(run),
@@ -50,18 +50,21 @@ def status_table(status: Status, console: Console) -> None:
     """Name and value, a line each; paths are never folded, so that they can be copied."""
     run = status.run
     rows = [
-        ("run", run.name),
+        (run.kind, run.name),
         ("state", run.state + (f": {run.problem}" if run.problem else "")),
         ("held by", f"process {status.holder['pid']} on {status.holder['host']}" if status.holder else ""),
         ("preset", run.preset or ""),
-        ("step", steps(run) + (f" (phase {status.phase})" if status.phase and status.phase != "main" else "")),
+        (
+            "trials" if run.kind == "sweep" else "step",
+            steps(run) + (f" (phase {status.phase})" if status.phase and status.phase != "main" else ""),
+        ),
         ("tokens seen", count(status.tokens) if status.tokens is not None else ""),
         ("train loss", _loss(run.train_loss)),
-        ("val loss", _loss(run.val_loss)),
+        ("best loss" if run.kind == "sweep" else "val loss", _loss(run.val_loss)),
         ("last sign", f"{age(run)} ago" if run.updated else ""),
         ("folder", run.path),
         ("on disk", size(run.size_bytes)),
-        ("latest", status.latest or "no checkpoint yet"),
+        ("latest", status.latest or ("" if run.kind == "sweep" else "no checkpoint yet")),
         ("best", status.best or ""),
         (
             "MLflow run",

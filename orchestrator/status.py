@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.closing_table import pointed_at, runs_dir_option
-from orchestrator.runs import RunSummary, existing_run, name_in, read_object, summarize
+from orchestrator.experiment import SWEEP
+from orchestrator.runs import RunSummary, existing_run, is_sweep, name_in, read_object, run_folder, summarize
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,10 @@ class Status:
 
 
 def read_status(runs_dir: Path, name: str) -> Status:
-    """Everything one run's folder tells. UserError where there is no such run; broken files are named."""
+    """Everything one run's or sweep's folder tells. UserError where there is none; broken files are named."""
+    sweep = run_folder(runs_dir, name_in(runs_dir, name))
+    if is_sweep(sweep):
+        return _status_of_sweep(runs_dir, sweep)
     folder = existing_run(runs_dir, name)
     run = summarize(runs_dir, folder)
     ignored: list[str] = []
@@ -68,6 +72,27 @@ def read_status(runs_dir: Path, name: str) -> Status:
         mlflow_run_id=identity.get("mlflow_run_id"),
         tracking_uri=identity.get("tracking_uri"),
         next=next_step(run, name_in(runs_dir, name), runs_dir_option(str(runs_dir))),
+    )
+
+
+def _status_of_sweep(runs_dir: Path, folder: Path) -> Status:
+    from orchestrator.sweeps.standing import tokens_of
+
+    run, identity = summarize(runs_dir, folder), read_object(folder / SWEEP, [])
+    return Status(
+        run=run,
+        holder=_holder(folder) if run.state == "running" else None,
+        tokens=tokens_of(folder),
+        phase=None,
+        metrics={},
+        latest=None,
+        best=None,
+        checkpoints=(),
+        fingerprint=identity.get("fingerprint"),
+        created=identity.get("created"),
+        mlflow_run_id=identity.get("mlflow_run_id"),
+        tracking_uri=identity.get("tracking_uri"),
+        next=next_of_sweep(run, runs_dir_option(str(runs_dir))),
     )
 
 
@@ -123,6 +148,19 @@ def next_step(run: RunSummary, name: str, where: str) -> str:
             return f"Lower optim.lr or mend what it says above, then: orchestrate train {name}{where}"
         case "stopped" | "interrupted":
             return f"orchestrate train {name}{where}"
+
+
+def next_of_sweep(run: RunSummary, where: str) -> str:
+    """What to do now with a sweep in this state."""
+    match run.state:
+        case "running":
+            return "It is at work. Ctrl-C in its terminal (or SIGTERM) saves its trials and stops it."
+        case "stopped" | "interrupted":
+            return f"The command that began it goes on. So far: orchestrate report {run.name}{where}"
+        case "finished" | "failed":
+            return f"orchestrate report {run.name}{where}"
+        case "damaged":
+            return "Repair or move its folder away; its trials are runs of their own (orchestrate generate)."
 
 
 def _holder(folder: Path) -> dict[str, Any] | None:

@@ -24,13 +24,14 @@ from orchestrator.sweeps.population import Population
 from orchestrator.sweeps.rules import Rule
 from orchestrator.sweeps.searchers import Searcher
 from orchestrator.sweeps.settings import SweepSettings
-from orchestrator.sweeps.training import SeedTraining
+from orchestrator.sweeps.training import EXPLOITED, SeedTraining
 from orchestrator.sweeps.tuning import Later
 from trainers.context import GIVEN_UP
 from trainers.errors import ConfigError
 
 Open = Callable[[Trial], list[SeedTraining]]
 LAST_WORDS_S = 60.0  # for a stopped training to write its outcome
+STANDS_BACK_S = 0.5  # the closing of a trial, for the beginning of the next: a slot waits for that
 
 
 @dataclass
@@ -84,6 +85,10 @@ class TrialDesk:
         self._awake = {trial.number for trial in self.history.unfinished()} if population else set()
         """members of which another driver left off and nobody knows whether they rest at the end of a round"""
         self._closed: Queue[tuple[Running, str, bool] | None] = Queue()
+        self._slots_at_work = threading.Event()
+        """clear between the end of a trial and the word on what follows it"""
+        self._exhausted = False
+        """nothing follows any more"""
         self._closer = threading.Thread(target=self._close_all, name="trial-closer", daemon=True)
         self._closer.start()
 
@@ -91,6 +96,15 @@ class TrialDesk:
 
     def next_job(self) -> PointJob | Later | None:
         """The next point: one that was interrupted, else a new one; of a population, a member's next round."""
+        job = None
+        try:
+            job = self._next_job()
+        finally:
+            self._exhausted = job is None
+            self._slots_at_work.set()
+        return job
+
+    def _next_job(self) -> PointJob | Later | None:
         with self._watched():
             while self.closing is None:
                 trial = self._next_member() if self._population else self._next_trial()
@@ -130,6 +144,8 @@ class TrialDesk:
 
     def over(self, number: int, result: dict[str, Any], error: str | None) -> None:
         """A trial has ended: note how, and close its runs behind Tune's back."""
+        if not self._exhausted:
+            self._slots_at_work.clear()
         with self._watched():
             running = self.running.pop(number)
             running.silent = error is not None or bool(result.get("state"))
@@ -172,6 +188,11 @@ class TrialDesk:
     def best(self) -> Trial | None:
         """The completed trial with the best first objective."""
         return best_of(self.history.ended(), self.settings)
+
+    @property
+    def left(self) -> int:
+        """Trials that have not ended for good, at most."""
+        return self.settings.trials - sum(1 for _ in self.history.ended())
 
     @property
     def tokens(self) -> int:
@@ -218,7 +239,7 @@ class TrialDesk:
         for each in exploits:
             self._sunk.discard(each.trial)
             if (resting := self._resting.pop(each.trial, None)) is not None:
-                self._closed.put((resting, "exploited", True))
+                self._closed.put((resting, EXPLOITED, True))
             names = [self.history.trials[number].name for number in (each.trial, each.parent)]
             self._say(f"{names[0]} goes on from {names[1]} at {each.tokens:,} tokens with {each.params}")
         for number in sorted(self._sunk):
@@ -242,6 +263,7 @@ class TrialDesk:
     def _close_all(self) -> None:
         while (item := self._closed.get()) is not None:
             running, reason, given_up = item
+            self._slots_at_work.wait(STANDS_BACK_S)
             try:
                 self._close_trial(running, reason, given_up)
             except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import threading
 import time
@@ -20,17 +21,18 @@ from orchestrator.ray_cluster import ray_cluster
 from orchestrator.signals import StopSignals
 from orchestrator.sweeps.desk import TrialDesk, best_of
 from orchestrator.sweeps.history import StopReason
-from orchestrator.sweeps.journal import JOURNAL, Journal
+from orchestrator.sweeps.journal import JOURNAL, Journal, read_history
+from orchestrator.sweeps.memory import micro_limit_of
 from orchestrator.sweeps.population import Population, check_population
 from orchestrator.sweeps.rules import build_rule
 from orchestrator.sweeps.searchers import build_searcher
 from orchestrator.sweeps.settings import SweepSettings, build_settings
-from orchestrator.sweeps.slots import Slots, slots_of
+from orchestrator.sweeps.slots import Slots, check_fits_here, slots_of, starts_ahead
 from orchestrator.sweeps.sweep import Sweep, SweepRequest, settle_name, sweep_fields, tokens_of_phases, write_sweep
 from orchestrator.sweeps.table import SweepDisplay
-from orchestrator.sweeps.training import open_trial, take_over
+from orchestrator.sweeps.training import open_trial, owes, settle, take_over
 from orchestrator.sweeps.trials import in_tokens
-from orchestrator.sweeps.tuning import run_trials, warm_up
+from orchestrator.sweeps.tuning import AHEAD, run_trials
 from orchestrator.sweeps.winner import command_of
 from orchestrator.tracker import OpeningStore
 from search_spaces.precisions import Device
@@ -38,6 +40,7 @@ from search_spaces.space import Space
 from trainers.claim import Claim, Guard
 from trainers.config import RunConfig
 from trainers.data.prepare import data_hashes, prepare
+from trainers.data.types import PreparedData
 from trainers.errors import TrainingFailed
 
 if TYPE_CHECKING:
@@ -68,7 +71,7 @@ def tune(
             data = prepare(base, cache_dir(request.runs_dir), progress=display.packing)
         check_model(base, data.tokenizer.vocab_size)
         tokens = tokens_of_phases(base, data)
-        base = in_tokens(base, tokens)
+        typed, base = base, in_tokens(base, tokens)
         settings = build_settings(draft, space.to_json(), sum(tokens))
         if settings.scheduler == "pbt":
             check_population(space, settings, base.workers)
@@ -79,8 +82,33 @@ def tune(
             name, folder, request.runs_dir, base, settings, space, fields, hashes, device, taken_out,
             shared_identity=shared,
         )  # fmt: skip
-        with claimed_sweep(sweep) as claim:
-            return SweepDriver(sweep, request, claim, signals, display).run()
+        check_fits_here(sweep)
+        if is_finished(sweep):
+            code = already_finished(sweep, display)
+        else:
+            with claimed_sweep(sweep) as claim:
+                code = SweepDriver(sweep, data, request, claim, signals, display).run()
+    winner = best_of(read_history(sweep.folder / JOURNAL).ended(), settings)
+    if request.then_train and code == DONE and winner is not None:
+        from orchestrator.sweeps.full_training import train_winner
+
+        return train_winner(sweep, winner, typed, data, request)
+    return code
+
+
+def is_finished(sweep: Sweep) -> bool:
+    """Whether nothing is left to train, and MLflow has all of it."""
+    done = sweep.identity.get("finished") == sweep.settings.trials
+    return done and not owes(sweep, read_history(sweep.folder / JOURNAL))
+
+
+def already_finished(sweep: Sweep, display: SweepDisplay) -> int:
+    """The same command again on a finished sweep: what was found."""
+    from orchestrator.sweeps.stored import read_sweep
+
+    display.note(f"{sweep.name} is finished; nothing to do. More --trials go on with it.")
+    display.close(read_sweep(sweep.runs_dir, sweep.name), sweep.folder / "report.html")
+    return DONE
 
 
 @contextlib.contextmanager
@@ -91,22 +119,39 @@ def claimed_sweep(sweep: Sweep) -> Iterator[Claim]:
         with Claim.acquire(sweep.folder, say=say) as claim:
             yield claim
     except BaseException:
-        if made and not (sweep.folder / JOURNAL).exists():
+        if made and not _holds_something(sweep):
             shutil.rmtree(sweep.folder, ignore_errors=True)
         raise
+
+
+def _holds_something(sweep: Sweep) -> bool:
+    """Whether a trial was asked for, or MLflow knows of the sweep."""
+    journal = sweep.folder / JOURNAL
+    return (journal.exists() and journal.stat().st_size > 0) or "mlflow_run_id" in sweep.identity
 
 
 class SweepDriver:
     """One claim of one sweep, from the claim to the closing table."""
 
-    def __init__(self, sweep: Sweep, request: SweepRequest, claim: Claim, signals: StopSignals, display: SweepDisplay):
+    def __init__(
+        self,
+        sweep: Sweep,
+        data: PreparedData,
+        request: SweepRequest,
+        claim: Claim,
+        signals: StopSignals,
+        display: SweepDisplay,
+    ):
         self.sweep = sweep
+        self.data = data
         self.request = request
         self.signals = signals
         self.display = display
         self.guard = Guard.begin_attempt(sweep.folder, claim.generation)
         self._tune_folder = sweep.folder / ".ray" / f"claim-{claim.generation}"
-        self._began = time.monotonic()
+        self._began = self._looked = time.monotonic()
+        self._gpu_s = sweep.identity.get("gpu_s", 0.0)
+        """for which trials of this sweep have held GPUs, the earlier commands' included"""
 
     def run(self) -> int:
         sweep, display = self.sweep, self.display
@@ -116,12 +161,12 @@ class SweepDriver:
         display.begin(sweep, journal.history)
         display.status("starting Ray")
         log = sweep.folder / "logs" / "ray.log"
-        with ray_cluster(sweep.base.workers, verbose=self.request.verbose, log_path=log) as ray, self.signals.heard():
+        ahead = AHEAD if starts_ahead(sweep, self.request) else ()
+        cluster = ray_cluster(sweep.base.workers, verbose=self.request.verbose, log_path=log, ahead=ahead)
+        with cluster as ray, self.signals.heard():
             self.signals.leave_if_asked()
             slots = slots_of(ray, sweep, self.request)
-            self.sweep = sweep = replace(sweep, share=slots.share)
-            if not slots.share:
-                warm_up(ray, slots=min(slots.count, sweep.settings.trials), resources=slots.resources)
+            self.sweep = sweep = replace(sweep, share=slots.share, micro_limit=self._micro_limit(slots))
             display.status("opening MLflow")
             parent = self._open_parent(opening, slots)
             population = Population(sweep.settings, sweep.space) if sweep.settings.scheduler == "pbt" else None
@@ -137,38 +182,66 @@ class SweepDriver:
                 lambda exploit: take_over(self.sweep, journal.history, exploit),
             )
             with self._ended_truthfully(parent):
-                error = self._watch(Tuning(desk, slots, self._tune_folder), desk, slots)
+                settle(sweep, journal.history, opening, parent.run_id, display.note)
+                error = self._watch(Tuning(desk, slots, self._tune_folder, bool(ahead)), desk, slots)
                 display.status("closing the trials")
                 desk.finish()
                 if error is not None:
                     raise error
                 return self._conclude(desk, parent)
 
+    def _micro_limit(self, slots: Slots) -> int | None:
+        """The largest micro-batch that fits, found once in the sweep's life; on a cluster the configured one is kept,
+        since this machine is not the one that trains."""
+        sweep = self.sweep
+        if os.environ.get("RAY_ADDRESS"):
+            return None
+        if "micro_limit" not in sweep.identity:
+            found = micro_limit_of(
+                sweep.base,
+                sweep.space,
+                self.data,
+                device=sweep.device,
+                slots=slots.count,
+                threads=sweep.settings.cpus_per_trial,
+                cache_dir=cache_dir(sweep.runs_dir),
+                say=self.display.note,
+            )
+            write_sweep(sweep, micro_limit=found)
+        return sweep.identity["micro_limit"]
+
     # ---- while it runs --------------------------------------------------------------------------
 
     def _watch(self, tuning: Tuning, desk: TrialDesk, slots: Slots) -> BaseException | None:
+        self._looked = time.monotonic()
         tuning.start()
         while tuning.is_alive():
             tuning.join(POLL_S)
             if self.signals.reason and desk.closing is None:
                 self.display.note(f"{self.signals.reason}: the trials stop at their next step (again to stop at once)")
                 desk.close("user")
-            elif desk.closing is None and (spent := self._spent(desk, slots)):
+            elif desk.closing is None and (spent := self._spent(desk)):
                 self.display.note(f"{spent}: the trials stop at their next step; the same command with more goes on")
                 desk.close("budget")
             self.display.tick(desk)
+            self._count_gpu_time(slots.gpus_per_trial * len(desk.running))
         return tuning.error
 
-    def _spent(self, desk: TrialDesk, slots: Slots) -> str | None:
+    def _count_gpu_time(self, held: float) -> None:
+        """So many GPUs were held since the last look."""
+        now = time.monotonic()
+        self._gpu_s += held * (now - self._looked)
+        self._looked = now
+
+    def _spent(self, desk: TrialDesk) -> str | None:
         """Which of the sweep's budgets is used up."""
         seconds, request = time.monotonic() - self._began, self.request
         if request.max_seconds is not None and seconds >= request.max_seconds:
             return f"--max-time is used up ({seconds:.0f} s)"
         if request.max_tokens is not None and desk.tokens >= request.max_tokens:
             return f"--max-tokens is used up ({desk.tokens:,})"
-        hours = seconds / 3600 * slots.gpus_per_trial * len(desk.running)
-        if request.max_gpu_hours is not None and hours >= request.max_gpu_hours:
-            return f"--max-gpu-hours is used up ({hours:.2f})"
+        if request.max_gpu_hours is not None and self._gpu_s / 3600 >= request.max_gpu_hours:
+            return f"--max-gpu-hours is used up ({self._gpu_s / 3600:.2f})"
         return None
 
     # ---- MLflow ---------------------------------------------------------------------------------
@@ -220,7 +293,10 @@ class SweepDriver:
         if failed:
             messages = sorted({t.ending.message or t.ending.reason for t in desk.history.ended() if t.ending})
             raise TrainingFailed(f"no trial of {self.sweep.name} was completed: {'; '.join(messages)[:600]}")
-        return DONE if desk.closing is None else STOPPED
+        if desk.closing is not None:
+            return STOPPED
+        write_sweep(self.sweep, finished=self.sweep.settings.trials)
+        return DONE
 
     def _tell_parent(self, desk: TrialDesk, parent: TrackedRun, seconds: float) -> None:
         from orchestrator.tracking import TrackingRefused, TrackingUnavailable
@@ -230,7 +306,7 @@ class SweepDriver:
         trials = desk.history.trials.values()
         train_s = sum(trial.ending.train_s if trial.ending else trial.train_s for trial in trials)
         seconds += self.sweep.identity.get("wall_s", 0.0)
-        write_sweep(self.sweep, wall_s=seconds)
+        write_sweep(self.sweep, wall_s=seconds, gpu_s=self._gpu_s)
         row = {"step": len(ended), "time_ms": time.time_ns() // 1_000_000, "sweep/wall_s": seconds,
                "sweep/train_s": train_s, "sweep/tokens": desk.tokens}  # fmt: skip
         if best is not None and best.ending is not None:
@@ -265,9 +341,9 @@ class SweepDriver:
 class Tuning(threading.Thread):
     """Tune's blocking loop on a thread, so that the main thread keeps the signals and the terminal."""
 
-    def __init__(self, desk: TrialDesk, slots: Slots, storage: Path):
+    def __init__(self, desk: TrialDesk, slots: Slots, storage: Path, started_ahead: bool):
         super().__init__(name="ray-tune", daemon=True)
-        self.desk, self.slots, self.storage = desk, slots, storage
+        self.desk, self.slots, self.storage, self.started_ahead = desk, slots, storage, started_ahead
         self.error: BaseException | None = None
 
     def run(self) -> None:
@@ -275,9 +351,10 @@ class Tuning(threading.Thread):
             run_trials(
                 self.desk,
                 points=-1,
-                slots=self.slots.count,
+                slots=min(self.slots.count, max(1, self.desk.left)),
                 resources=self.slots.resources,
                 storage=self.storage,
+                started_ahead=self.started_ahead,
             )
         except Exception as error:
             self.error = error

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from orchestrator.ray_cluster import Resources
+from orchestrator.ray_cluster import Resources, free_cpus, usable_cpus
 from orchestrator.sweeps.sweep import Sweep, SweepRequest
 from trainers.errors import UserError
 
@@ -24,18 +25,37 @@ class Slots:
     gpus_per_trial: float
 
 
-def slots_of(ray: Any, sweep: Sweep, request: SweepRequest) -> Slots:
-    """What the real cluster allows. Raises UserError where a trial could never be placed."""
-    total = ray.cluster_resources()
-    cpus, gpus = float(total.get("CPU", 0)), float(total.get("GPU", 0))
+def starts_ahead(sweep: Sweep, request: SweepRequest) -> bool:
+    """Whether the trials will use about a process for each CPU of a local cluster: few are started in vain."""
+    if os.environ.get("RAY_ADDRESS") or sweep.device != "cpu" or sweep.base.workers > 1:
+        return False
+    cpus, settings = usable_cpus(), sweep.settings
+    at_a_time = min(cpus // settings.cpus_per_trial, request.concurrent or cpus, settings.trials)
+    return 2 * at_a_time >= cpus
+
+
+def check_fits_here(sweep: Sweep) -> None:
+    """UserError where a trial could never be placed on this machine; a cluster that is joined is asked later."""
+    if not os.environ.get("RAY_ADDRESS"):
+        _refuse_too_many_cpus(sweep, max(sweep.base.workers, usable_cpus()))
+
+
+def _refuse_too_many_cpus(sweep: Sweep, cpus: float) -> None:
     workers, each = sweep.base.workers, sweep.settings.cpus_per_trial
-    wanted = request.gpus_per_trial
-    per_trial = (float(workers) if sweep.device == "cuda" else 0.0) if wanted is None else wanted
     if workers * each > cpus:
         raise UserError(
             f"a trial of {workers} worker{'s' if workers > 1 else ''} with {each} CPUs each needs {workers * each}, "
-            f"and the cluster has {cpus:g}: it could never start. Lower --cpus-per-trial or --workers."
+            f"and there are {cpus:g}: it could never start. Lower --cpus-per-trial or --workers."
         )
+
+
+def slots_of(ray: Any, sweep: Sweep, request: SweepRequest) -> Slots:
+    """What the real cluster allows. Raises UserError where a trial could never be placed."""
+    cpus, gpus = sum(free_cpus(ray)), float(ray.cluster_resources().get("GPU", 0))
+    workers, each = sweep.base.workers, sweep.settings.cpus_per_trial
+    wanted = request.gpus_per_trial
+    per_trial = (float(workers) if sweep.device == "cuda" else 0.0) if wanted is None else wanted
+    _refuse_too_many_cpus(sweep, cpus)
     if per_trial > gpus:
         raise UserError(
             f"a trial needs {per_trial:g} GPUs and the cluster has {gpus:g}: it could never start. "

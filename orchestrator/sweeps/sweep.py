@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.experiment import confined, write_atomically
+from orchestrator.experiment import SWEEP, confined, write_atomically
 from orchestrator.plan import packed_tokens, plan_phase, steps_per_epoch
 from orchestrator.sweeps.settings import SweepSettings
 from search_spaces.precisions import Device
@@ -21,7 +21,6 @@ from trainers.errors import ConfigError
 from trainers.identity import read_json
 from trainers.initial import initial_hash
 
-IDENTITY = "sweep.json"
 MAY_GROW = "sweep.trials"
 
 
@@ -67,7 +66,7 @@ class Sweep:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return read_json(self.folder / IDENTITY) or {}
+        return read_json(self.folder / SWEEP) or {}
 
     @property
     def fingerprint(self) -> str:
@@ -107,9 +106,9 @@ def settle_name(
     short = f"{preset.replace('/', '-')}-{settings.space_name}"
     name = request.name or f"{short}-{fingerprint_of(fields)[:8]}"
     folder = confined(request.runs_dir, name)
-    number = 2
+    first, number = name, 2
     while request.fresh and folder.exists():
-        name, number = f"{request.name or name}-{number}", number + 1
+        name, number = f"{first}-{number}", number + 1
         folder = confined(request.runs_dir, name)
     refuse_another(name, folder, fields)
     return name, folder
@@ -117,7 +116,7 @@ def settle_name(
 
 def refuse_another(name: str, folder: Path, fields: dict[str, Any]) -> None:
     """ConfigError where the folder holds a run, or a sweep of other settings, or of more trials."""
-    stored = read_json(folder / IDENTITY)
+    stored = read_json(folder / SWEEP)
     if stored is None:
         if (folder / "identity.json").exists():
             raise ConfigError(f"{name!r} is the name of a run. Give the sweep another --name.")
@@ -152,4 +151,4 @@ def write_sweep(sweep: Sweep, **more: Any) -> None:
         **more,
     }
     write_atomically(sweep.folder / "config.yaml", dump_yaml(sweep.base))
-    write_atomically(sweep.folder / IDENTITY, json.dumps(identity, indent=1) + "\n")
+    write_atomically(sweep.folder / SWEEP, json.dumps(identity, indent=1) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -16,10 +16,14 @@ from orchestrator.sweeps.sweep import Sweep, total_steps_of
 from orchestrator.sweeps.trials import run_of
 from orchestrator.tracker import Nested, OpeningStore, Tracker
 from trainers.claim import Claim
-from trainers.config_io import fingerprint, fingerprint_fields
-from trainers.context import STOP_REQUEST, request_stop
-from trainers.identity import read_json
+from trainers.config import RunConfig
+from trainers.config_io import build_config, fingerprint, fingerprint_fields, read_yaml
+from trainers.context import GIVEN_UP, STOP_REQUEST, request_stop
+from trainers.identity import read_identity, read_json
 from trainers.initial import initial_hash
+
+EXPLOITED = "exploited"
+"""why a member's training ends when it takes over another's checkpoint"""
 
 
 class SeedTraining:
@@ -60,15 +64,8 @@ def open_trial(
     names = seed_names(trial.number, settings.seeds, len(trial.lineage))
     for index, (name, config) in enumerate(zip(names, configs, strict=True)):
         start = initial_hash(config)
-        experiment = Experiment(
-            f"{sweep.name}/{name}",
-            sweep.folder / name,
-            config,
-            fingerprint(config, sweep.data_hashes, start),
-            fingerprint_fields(config, sweep.data_hashes, start),
-            known=False,
-            extended=False,
-        )
+        fields = fingerprint_fields(config, sweep.data_hashes, start)
+        experiment = _experiment(sweep, name, config, fingerprint(config, sweep.data_hashes, start), fields)
         claim = Claim.acquire(experiment.run_dir, say=say)
         (experiment.run_dir / STOP_REQUEST).unlink(missing_ok=True)
         (experiment.run_dir / "logs").mkdir(exist_ok=True)
@@ -78,6 +75,45 @@ def open_trial(
         tracker.open()
         seeds.append(SeedTraining(experiment, claim, tracker, _job(sweep, experiment, claim), settings.seeds))
     return seeds
+
+
+def settle(
+    sweep: Sweep, history: History, opening: OpeningStore, parent_run_id: str, say: Callable[[str], None]
+) -> None:
+    """Tell MLflow what a driver owed it when it was killed or the store was away: the ends of trials that are over, and
+    of what members of a population trained before they took over from another."""
+    for name, reason, ending in _over(sweep, history):
+        identity = read_identity(sweep.folder / name)
+        if identity is None or "mlflow_run_id" not in identity or identity.get("mlflow_ended"):
+            continue
+        config = build_config(read_yaml(sweep.folder / name / "config.yaml"))
+        experiment = _experiment(sweep, name, config, identity["fingerprint"], identity["fields"])
+        claim = Claim.acquire(experiment.run_dir, say=say)
+        tracker = Tracker(experiment, opening, say, Nested(parent_run_id, {}, is_new=False))
+        tracker.open()
+        SeedTraining(experiment, claim, tracker, {}, sweep.settings.seeds).close(reason, ending)
+        if reason in GIVEN_UP or ending is None:
+            shutil.rmtree(experiment.run_dir / "checkpoints", ignore_errors=True)
+
+
+def owes(sweep: Sweep, history: History) -> bool:
+    """Whether `settle` has something to do."""
+    found = (read_identity(sweep.folder / name) for name, _, _ in _over(sweep, history))
+    return any(identity and "mlflow_run_id" in identity and not identity.get("mlflow_ended") for identity in found)
+
+
+def _over(sweep: Sweep, history: History) -> Iterator[tuple[str, str, Ending | None]]:
+    """(folder, why it ended, the trial's ending) of every training that will not go on."""
+    for trial in history.trials.values():
+        for segment in range(len(trial.lineage)):
+            yield seed_names(trial.number, 1, segment)[0], EXPLOITED, None
+        if trial.ending is not None:
+            for name in seed_names(trial.number, sweep.settings.seeds, len(trial.lineage)):
+                yield name, trial.ending.reason, trial.ending
+
+
+def _experiment(sweep: Sweep, name: str, config: RunConfig, digest: str, fields: dict[str, Any]) -> Experiment:
+    return Experiment(f"{sweep.name}/{name}", sweep.folder / name, config, digest, fields, known=False, extended=False)
 
 
 def _tags(sweep: Sweep, trial: Trial, name: str, seed_index: int) -> dict[str, str]:

@@ -5,12 +5,16 @@ what is stopped, it asks of us.
 from __future__ import annotations
 
 import os
+import time
+import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from orchestrator.sweeps.point import PointJob, PointRun
 
 TRIAL_RETRIES = 3  # of a trial whose process was killed
+TOGETHER_S = 10.0  # patience of a process with those that start beside it
 SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow and the journal are the record
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # signals are the driver's
@@ -41,36 +45,24 @@ class Desk(Protocol):
         ...
 
 
-def warm_up(ray: Any, *, slots: int, resources: dict[str, float]) -> None:
-    """Start a process for each slot and let it import torch, while the driver does other things. Returns at once.
+AHEAD = ("ray.tune", "orchestrator.sweeps.point", "trainers.loop")
+"""what the process of a trial imports before it can train"""
 
-    Ray gives an actor an idle process with the same environment variables, so they are those that Tune gives its
-    actors; were they not, the actors would start as slowly as without.
+
+def run_trials(
+    desk: Desk, *, points: int, slots: int, resources: dict[str, float], storage: Path, started_ahead: bool = False
+) -> None:
+    """Train points until the desk has no more of them.
+
+    `points`: at most so many; `slots`: at a time; `started_ahead`: the cluster has processes that imported AHEAD.
     """
-    from ray.tune.execution.class_cache import DEFAULT_ENV_VARS, ENV_VARS_TO_PROPAGATE
-
-    propagated = {name: os.environ[name] for name in ENV_VARS_TO_PROPAGATE if name in os.environ}
-    task = ray.remote(_import_training).options(
-        num_cpus=resources.get("CPU", 0),
-        num_gpus=resources.get("GPU", 0),
-        runtime_env={"env_vars": {**DEFAULT_ENV_VARS, **propagated}},
-        max_retries=0,
-    )
-    for _ in range(slots):
-        task.remote()
-
-
-def _import_training() -> None:
-    import trainers.loop  # noqa: F401
-
-
-def run_trials(desk: Desk, *, points: int, slots: int, resources: dict[str, float], storage: Path) -> None:
-    """Train points until the desk has no more of them. `points`: at most so many; `slots`: at a time."""
     os.environ.update({name: value for name, value in SETTINGS.items() if name not in os.environ})
     from ray import tune
 
+    if started_ahead:
+        _take_started_processes()
     tune.Tuner(
-        tune.with_resources(_actor(), tune.PlacementGroupFactory([resources])),
+        tune.with_resources(_actor(Together(storage / "started", slots)), tune.PlacementGroupFactory([resources])),
         tune_config=tune.TuneConfig(
             search_alg=_asks(desk),
             scheduler=_decides(desk),
@@ -89,17 +81,50 @@ def run_trials(desk: Desk, *, points: int, slots: int, resources: dict[str, floa
     ).fit()
 
 
+def _take_started_processes() -> None:
+    """Let Tune's actors ask for no environment variables of their own, for which Ray would start new processes.
+
+    Those of a local cluster have the driver's already.
+    """
+    from ray.tune.execution import class_cache
+
+    class_cache.DEFAULT_ENV_VARS = {}
+    class_cache.ENV_VARS_TO_PROPAGATE = set()
+
+
 def _name(trial: Any) -> str:
     return f"point-{trial.config['job']['number']}"
 
 
-def _actor() -> Any:
+@dataclass(frozen=True)
+class Together:
+    """The first processes of a sweep begin together.
+
+    Tune gives the process of a trial that has ended to the next one that waits for its own, and throws away the one
+    that is coming up for it. So trials that are shorter than the start of a process would be trained in one slot, with
+    a process for ever coming up for the others.
+    """
+
+    folder: Path
+    count: int
+
+    def wait(self) -> None:
+        """Until so many have come, or never will."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / uuid.uuid4().hex).touch()
+        deadline = time.monotonic() + TOGETHER_S
+        while len(os.listdir(self.folder)) < self.count and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+
+def _actor(together: Together) -> Any:
     from ray import tune
 
     class TrialActor(tune.Trainable):
         """The process of a slot; torch is imported once, however many points it trains."""
 
         def setup(self, config: dict[str, Any]) -> None:
+            together.wait()
             self._point = PointRun(PointJob(**config["job"]))
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:

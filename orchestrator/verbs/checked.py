@@ -99,7 +99,7 @@ def _check_space(parameters: Mapping[str, Any], config: RunConfig) -> tuple[str,
 
     device = "cuda" if config.device == "auto" else config.device
     named = parameters["space"]
-    sweeps._space(config, named, list(parameters["set_space"] or ()), device)
+    sweeps.space_of(config, named, list(parameters["set_space"] or ()), device)
     return (named,) if named is not None and os.path.isfile(named) else ()
 
 

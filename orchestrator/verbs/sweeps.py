@@ -150,9 +150,13 @@ def tune(
     if name is not None:
         confined(runs_dir, name)
     device = device_of(chosen.config)
-    found, space_name, taken_out = _space(chosen.config, space, set_space or [], device)
-    if trials is not None and trials < 1:
-        raise UserError(f"--trials must be at least 1, got {trials}.")
+    found, space_name, taken_out = space_of(chosen.config, space, set_space or [], device)
+    for option, count in (("trials", trials), ("concurrent", concurrent), ("max-tokens", max_tokens)):
+        if count is not None and count < 1:
+            raise UserError(f"--{option} must be at least 1, got {count}.")
+    for option, amount in (("gpus-per-trial", gpus_per_trial), ("max-gpu-hours", max_gpu_hours)):
+        if amount is not None and not 0 < amount < float("inf"):
+            raise UserError(f"--{option} must be above 0, got {amount:g}.")
     draft: dict[str, Any] = {
         "space_name": space_name,
         "searcher": searcher,
@@ -199,7 +203,7 @@ def device_of(config: RunConfig) -> Any:
     return resolve_device("auto").type
 
 
-def _space(
+def space_of(
     config: RunConfig, named: str | None, typed: list[str], device: Any
 ) -> tuple[Space, str, tuple[tuple[str, str], ...]]:
     """The space that --space and --set-space mean, checked; its name; the cells taken out with their reasons."""

@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.tracking import Store, open_store
 from tests.orchestrator.faults import Place, undisturbed
+from tests.orchestrator.sweep_episodes import SweepLeft, SweepPlace, undisturbed_sweep
 from tests.trainers.crash import Ending
 
 
@@ -38,6 +39,27 @@ def one_worker(shared_place: Place) -> Ending:
 def two_workers(shared_place: Place) -> Ending:
     """The same with two (`pair`)."""
     return undisturbed(shared_place, "pair", 2)
+
+
+@pytest.fixture(scope="session")
+def shared_sweeps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SweepPlace]:
+    """The same for sweeps."""
+    place = SweepPlace(tmp_path_factory.mktemp("sweeps"))
+    yield place
+    place.close()
+
+
+@pytest.fixture
+def sweeps(shared_sweeps: SweepPlace) -> Iterator[SweepPlace]:
+    """The shared place of sweeps, left without a process, however the test ends."""
+    yield shared_sweeps
+    shared_sweeps.close()
+
+
+@pytest.fixture(scope="session")
+def whole_sweep(shared_sweeps: SweepPlace) -> SweepLeft:
+    """What an undisturbed random sweep of four trials leaves behind (`undisturbed` in the place of sweeps)."""
+    return undisturbed_sweep(shared_sweeps)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,18 +15,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator import target
-from orchestrator.sweeps.driver import milestones_of
+from orchestrator.signals import StopSignals
+from orchestrator.sweeps.driver import SweepDriver, milestones_of
+from orchestrator.sweeps.full_training import full_run
 from orchestrator.sweeps.history import History
 from orchestrator.sweeps.rehearsal import expected_tokens
 from orchestrator.sweeps.settings import SweepSettings, build_settings
 from orchestrator.sweeps.slots import slots_of
-from orchestrator.sweeps.sweep import Sweep, SweepRequest, total_steps_of
+from orchestrator.sweeps.sweep import Sweep, SweepRequest, tokens_of_phases, total_steps_of, write_sweep
+from orchestrator.sweeps.table import SweepDisplay
 from orchestrator.sweeps.trials import in_tokens, run_of
 from orchestrator.sweeps.winner import command_of, winning_run
 from orchestrator.target import Flags
 from orchestrator.verbs.sweeps import seconds_of
 from search_spaces.catalog import CATALOG, catalogued
 from search_spaces.space import Axis, Choice, Float, Space
+from trainers.claim import Claim
 from trainers.config import RunConfig
 from trainers.config_io import build_config, dump_yaml, override
 from trainers.errors import ConfigError, UserError
@@ -248,7 +253,12 @@ def sweep_of(base: RunConfig = BASE, *, device: Any = "cpu", folder: Path = Path
 
 
 def cluster(cpus: float, gpus: float = 0) -> Any:
-    return SimpleNamespace(cluster_resources=lambda: {"CPU": cpus, **({"GPU": gpus} if gpus else {})})
+    total = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+    return SimpleNamespace(
+        cluster_resources=lambda: total,
+        nodes=lambda: [{"NodeID": "one", "Alive": True, "Resources": total}],
+        get_runtime_context=lambda: SimpleNamespace(get_node_id=lambda: "one"),
+    )
 
 
 def test_slots_are_what_the_cluster_holds() -> None:
@@ -337,3 +347,60 @@ def test_the_winning_command_of_a_configuration_of_ones_own(tmp_path: Path) -> N
     assert trains(pasted(f"orchestrate train {sweep.folder / 'config.yaml'}", tmp_path)) != trains(
         run_of(base, trial.params, sweep.settings)
     )
+
+
+# ---- after the search, and its budgets ------------------------------------------------------------------------
+
+
+def prepared(*tokens: int) -> Any:
+    """What the driver knows of a text of so many tokens for each phase."""
+    return SimpleNamespace(phases=[SimpleNamespace(sources=[SimpleNamespace(tokens=range(each))]) for each in tokens])
+
+
+def test_the_winner_trains_on_the_presets_own_budget(tmp_path: Path) -> None:
+    """However short the trials were; its warm-up covers the tokens that the preset's does."""
+    typed = override(PRESETS["fundamentallm/small"](), ["budget.steps=60", "evaluation.max_tokens=4096"])
+    preset = PRESETS["fundamentallm/small"]()
+    data = prepared(100_000)
+    base = in_tokens(typed, tokens_of_phases(typed, data))
+    trial = History().ask(0, {"optim.lr": 2e-3, "batch.sequences": 32})
+    sweep = sweep_of(base, folder=tmp_path)
+    full = full_run(sweep, trial, typed, data)
+    [trained] = [phase.budget.tokens for phase in full.resolved_phases()]
+    assert [trained] == tokens_of_phases(preset, data)
+    assert trained != tokens_of_phases(typed, data)[0]
+    assert (full.optim.lr, full.batch.sequences, full.seed) == (2e-3, 32, preset.seed)
+    assert full.evaluation == typed.evaluation and full.checkpoint == preset.checkpoint
+    assert full.schedule.warmup_steps * full.tokens_per_step == preset.schedule.warmup_steps * preset.tokens_per_step
+    own = build_config({**typed.model_dump(mode="json"), "preset": "custom"})
+    assert full_run(sweep, trial, own, data).budget == base.budget  # a configuration of one's own has its own budget
+
+
+def test_every_phase_of_the_winner_has_the_presets_budget(tmp_path: Path) -> None:
+    typed = override(
+        PRESETS["fundamentallm/two-phase"](), ["phases.prose.budget.steps=8", "phases.code.budget.steps=8"]
+    )
+    base = in_tokens(typed, [8 * 512, 8 * 512])
+    trial = History().ask(0, {"batch.sequences": 16})
+    full = full_run(sweep_of(base, folder=tmp_path), trial, typed, prepared(10_000, 10_000))
+    assert [phase.budget.tokens for phase in full.resolved_phases()] == [800 * 512, 800 * 512]
+
+
+def test_gpu_hours_are_what_was_held(tmp_path: Path) -> None:
+    """By all trials at work, over all commands of a sweep; not what is held now since the beginning."""
+    sweep = sweep_of(folder=tmp_path)
+    write_sweep(sweep, gpu_s=1800.0)
+    desk: Any = SimpleNamespace(tokens=0)
+    with Claim.acquire(tmp_path) as claim:
+
+        def spent(limit: float) -> str | None:
+            request = SweepRequest(tmp_path, max_gpu_hours=limit)
+            driver = SweepDriver(sweep, prepared(1), request, claim, StopSignals(), SweepDisplay(json=True))
+            for held, seconds in ((0.25 * 4, 3600), (0.25, 3600), (0.0, 7200)):
+                driver._looked = time.monotonic() - seconds
+                driver._count_gpu_time(held)
+            return driver._spent(desk)
+
+        assert spent(1.76) is None
+        used_up = spent(1.74)
+    assert used_up is not None and "--max-gpu-hours is used up (1.75)" in used_up

@@ -1,0 +1,53 @@
+"""After the search: the winner trained at full budget, as a run of its own (`tune --then-train`)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from orchestrator import launch
+from orchestrator.experiment import Request, cache_dir, settle
+from orchestrator.sweeps.history import Trial
+from orchestrator.sweeps.sweep import Sweep, SweepRequest, tokens_of_phases
+from orchestrator.sweeps.trials import in_tokens
+from orchestrator.sweeps.winner import winning_run
+from trainers.config import RunConfig
+from trainers.config_io import build_config
+from trainers.data.prepare import data_hashes
+from trainers.data.types import PreparedData
+from trainers.errors import ConfigError
+from trainers.presets import PRESETS
+
+
+def train_winner(sweep: Sweep, winner: Trial, typed: RunConfig, data: PreparedData, request: SweepRequest) -> int:
+    """Train SWEEP-best from wherever it stands; its exit code. `typed`: the base as the command line said it.
+
+    Raises UserError where another run has that name, an earlier winner's say.
+    """
+    config = full_run(sweep, winner, typed, data)
+    asked = Request(request.runs_dir, f"{sweep.name}-best", verbose=request.verbose, json=request.json)
+    try:
+        settle(config, asked, data_hashes(config, cache_dir(request.runs_dir)))
+    except ConfigError as error:
+        raise ConfigError(
+            f"the sweep is done, and its winner, {winner.name}, cannot train as {asked.name}: {error}"
+        ) from None
+    return launch.train(config, asked)
+
+
+def full_run(sweep: Sweep, winner: Trial, typed: RunConfig, data: PreparedData) -> RunConfig:
+    """The winner's settings on as many tokens as the preset's own budget pays for at the base batch; a configuration
+    without a preset has its own budget."""
+    full = _with_own_budget(typed)
+    full = in_tokens(full, tokens_of_phases(full, data))
+    return winning_run(replace(sweep, base=full), winner)
+
+
+def _with_own_budget(typed: RunConfig) -> RunConfig:
+    if typed.preset not in PRESETS:
+        return typed
+    preset, values = PRESETS[typed.preset]().model_dump(mode="json"), typed.model_dump(mode="json")
+    if [phase["name"] for phase in preset["phases"]] != [phase["name"] for phase in values["phases"]]:
+        return typed
+    for part, own in [(values, preset), *zip(values["phases"], preset["phases"], strict=True)]:
+        part["budget"] = own["budget"]
+    return build_config(values)

@@ -1,0 +1,183 @@
+"""Laws of bad input to `orchestrate tune`, through the command line: exit code 2, one message, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.cli import BAD_INPUT, DONE, main
+from orchestrator.sweeps import driver
+from orchestrator.sweeps.journal import JOURNAL
+
+TEXT = "It was a bright cold day in April, and the clocks were striking thirteen.\n" * 200
+TINY = ["tune", "fundamentallm/tiny", "--data", "text.txt", "--runs-dir", "runs"]
+LR = ["--set-space", "optim.lr=log(1e-4,1e-2)"]
+
+
+class ReachedRay(BaseException):
+    """Raised where the driver would start Ray: the input was taken."""
+
+
+@pytest.fixture(autouse=True)
+def without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def reached(*_: Any, **__: Any) -> Iterator[None]:
+        raise ReachedRay
+        yield
+
+    monkeypatch.setattr(driver, "ray_cluster", reached)
+    monkeypatch.chdir(tmp_path)
+    for name in ("ORCHESTRATE_RUNS", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "text.txt").write_text(TEXT)
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one message that `arguments` get."""
+    assert main(arguments) == BAD_INPUT, capsys.readouterr()
+    err = capsys.readouterr().err
+    assert err.count("error: ") == 1 and "Traceback" not in err
+    return err
+
+
+def left_behind(folder: Path) -> list[str]:
+    """All but the shared cache of packed text."""
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()] if folder.exists() else []
+    return [str(path) for path in files if path.parts[0] != ".cache"]
+
+
+CASES: dict[str, tuple[list[str], str]] = {
+    "an unknown space": (["--space", "lr_bacth"], "Did you mean lr_batch?"),
+    "an unknown path": (["--set-space", "optim.learning_rate=log(1e-4,1e-2)"], "did you mean `optim.lr`"),
+    "a missing file": (["--space", "mine.yaml"], "mine.yaml"),
+    "an empty choice": (["--set-space", "batch.sequences=[]"], "batch.sequences"),
+    "low above high": (["--set-space", "optim.lr=log(1e-2,1e-4)"], "0.01"),
+    "the logarithm of 0": (["--set-space", "optim.lr=log(0,1e-2)"], "optim.lr"),
+    "no domain": (["--set-space", "optim.lr=fast"], "optim.lr"),
+    "an illegal value": (["--set-space", "optim.lr=[-1,1e-3]"], "optim.lr"),
+    "a seed": (["--set-space", "seed=[1,2,3]"], "--seeds"),
+    "a fixed vocabulary": (["--set-space", "tokenizer.kind=[bytes,characters]"], "tokenizer"),
+    "no trials": ([*LR, "--trials", "0"], "--trials must be at least 1"),
+    "fewer than none": ([*LR, "--trials", "-3"], "--trials"),
+    "no seeds": ([*LR, "--seeds", "0"], "--seeds"),
+    "an unknown metric": ([*LR, "--objective", "val/f1"], "never reported"),
+    "an unknown way": ([*LR, "--objective", "val/loss:best"], "--objective"),
+    "two objectives": ([*LR, "--objective", "val/loss", "--objective", "mem/peak_gib"], "--searcher"),
+    "one of several": ([*LR, "--searcher", "multi"], "several objectives"),
+    "nothing to share": (["--space", "task_weights"], "task_weights"),
+    "one phase": (["--space", "phase_lengths"], "two-phase"),
+    "fp16 on a CPU": (["--set-space", "precision=[fp32,fp16]", "--device", "cpu"], "fp16"),
+    "not built": (["--set-space", "precision=[fp32,int4]", "--device", "cpu"], "int4"),
+    "a population of three": ([*LR, "--scheduler", "pbt", "--trials", "3", "--searcher", "random"], "at least 4"),
+    "a population of batches": (["--space", "lr_batch", "--scheduler", "pbt", "--searcher", "random"], "cannot change"),
+    "a population with workers": ([*LR, "--scheduler", "pbt", "--searcher", "random", "--workers", "2"], "--workers 1"),
+    "more CPUs than there are": ([*LR, "--cpus-per-trial", "64000"], "could never start"),
+    "no time": ([*LR, "--max-time", "soon"], "--max-time is a time such as"),
+    "time backwards": ([*LR, "--max-time", "-5m"], "--max-time"),
+    "no tokens": ([*LR, "--max-tokens", "0"], "--max-tokens must be at least 1"),
+    "no GPU-hours": ([*LR, "--max-gpu-hours", "0"], "--max-gpu-hours must be above 0"),
+    "nobody at a time": ([*LR, "--concurrent", "0"], "--concurrent must be at least 1"),
+    "a share of no GPU": ([*LR, "--gpus-per-trial", "-0.5"], "--gpus-per-trial must be above 0"),
+    "grace beyond the budget": ([*LR, "--grace", "999999999"], "grace"),
+    "a name that leads elsewhere": ([*LR, "--name", "../elsewhere"], "a run name is"),
+    "a text that is not there": ([*LR, "--data", "txet.txt"], "txet.txt"),
+    "an epoch of nothing": ([*LR, "budget.steps=0"], "budget.steps"),
+    "a grid of no points": ([*LR, "--searcher", "grid", "--grid-points", "0"], "grid"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_gets_one_message_and_leaves_nothing(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, part = CASES[case]
+    typed = [word for word in TINY if not ("--data" in arguments and word in ("--data", "text.txt"))]
+    assert part in refused([*typed, *arguments], capsys)
+    assert left_behind(tmp_path / "runs") == []
+    assert left_behind(tmp_path) == ["text.txt"]
+
+
+def test_a_dry_run_refuses_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for case in ("an unknown space", "no trials", "an unknown metric", "grace beyond the budget"):
+        arguments, part = CASES[case]
+        assert part in refused([*TINY, *arguments, "--dry-run"], capsys)
+    assert left_behind(tmp_path) == ["text.txt"]
+
+
+def test_good_input_reaches_ray_and_leaves_nothing_when_that_fails(tmp_path: Path) -> None:
+    """Negative control of all of the above."""
+    with pytest.raises(ReachedRay):
+        main([*TINY, *LR, "--name", "first"])
+    assert not (tmp_path / "runs" / "first").exists()
+
+
+# ---- names that are taken -------------------------------------------------------------------------------------------
+
+
+def begun(name: str, *arguments: str) -> Path:
+    """A sweep's folder as a command leaves it that was killed once it had asked for a trial."""
+    with pytest.raises(ReachedRay):
+        main([*TINY, "--name", name, *arguments])
+    return Path("runs") / name
+
+
+@pytest.fixture
+def first(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A sweep over the learning rate with two trials that has asked for one."""
+    monkeypatch.setattr(driver, "_holds_something", lambda sweep: True)
+    folder = begun("first", *LR, "--trials", "2")
+    (folder / JOURNAL).write_text('{"event":"asked","trial":0,"params":{"optim.lr":0.001},"time_ms":1}\n')
+    monkeypatch.undo()
+    return folder
+
+
+def test_a_used_name_is_refused_with_what_differs(first: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file() and path.name != "claim"}
+    for arguments, part in (
+        (["--set-space", "optim.lr=log(1e-4,1e-1)", "--trials", "2"], "sweep.space"),
+        ([*LR, "--trials", "2", "--scheduler", "none"], "sweep.scheduler"),
+        ([*LR, "--trials", "2", "model.dropout=0.5"], "model.dropout: 0.1 -> 0.5"),
+        ([*LR, "--trials", "1"], "--trials 2 or more"),
+    ):
+        assert part in refused([*TINY, "--name", "first", *arguments], capsys)
+    after = {path: path.read_bytes() for path in first.rglob("*") if path.is_file() and path.name != "claim"}
+    assert after == before
+
+
+def test_a_runs_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "identity.json").write_text(json.dumps({"fingerprint": "a" * 64, "fields": {}}))
+    assert "name of a run" in refused([*TINY, "--name", "mine", *LR], capsys)
+
+
+def test_a_sweeps_name_is_refused_to_a_run(first: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = ["train", "fundamentallm/tiny", "--data", "text.txt", "--runs-dir", "runs", "--name", "first"]
+    assert "name of a sweep" in refused(train, capsys)
+
+
+def test_a_sweep_among_the_runs_is_no_damaged_run(first: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where its files are torn: then it is a damaged sweep, and the others are shown."""
+    assert main(["runs", "--runs-dir", "runs", "--json"]) == DONE
+    [line] = json.loads(capsys.readouterr().out)
+    assert (line["kind"], line["state"], line["step"], line["total_steps"]) == ("sweep", "stopped", 0, 2)
+    assert main(["status", "first", "--runs-dir", "runs"]) == DONE
+    assert "0/2" in capsys.readouterr().out
+    for name, content in (
+        ("sweep.json", "{"),
+        ("sweep.jsonl", "{}\n"),
+        ("sweep.jsonl", '{"event":"ended","trial":7}\n'),
+    ):
+        whole = (first / name).read_text()
+        (first / name).write_text(content)
+        assert main(["runs", "--runs-dir", "runs", "--json"]) == DONE
+        [line] = json.loads(capsys.readouterr().out)
+        assert line["state"] == "damaged" and name in line["problem"]
+        assert main(["runs", "--runs-dir", "runs"]) == DONE
+        assert main(["status", "first", "--runs-dir", "runs"]) == DONE
+        capsys.readouterr()
+        (first / name).write_text(whole)
