@@ -23,11 +23,11 @@ from orchestrator.sweeps.desk import TrialDesk, best_of
 from orchestrator.sweeps.history import StopReason
 from orchestrator.sweeps.journal import JOURNAL, Journal, read_history
 from orchestrator.sweeps.memory import micro_limit_of
-from orchestrator.sweeps.population import Population, check_population
+from orchestrator.sweeps.population import Population
 from orchestrator.sweeps.rules import build_rule
 from orchestrator.sweeps.searchers import build_searcher
 from orchestrator.sweeps.settings import SweepSettings, build_settings
-from orchestrator.sweeps.slots import Slots, check_fits_here, slots_of, starts_ahead
+from orchestrator.sweeps.slots import Slots, slots_of, starts_ahead
 from orchestrator.sweeps.sweep import Sweep, SweepRequest, settle_name, sweep_fields, tokens_of_phases, write_sweep
 from orchestrator.sweeps.table import SweepDisplay
 from orchestrator.sweeps.training import open_trial, owes, settle, take_over
@@ -73,8 +73,6 @@ def tune(
         tokens = tokens_of_phases(base, data)
         typed, base = base, in_tokens(base, tokens)
         settings = build_settings(draft, space.to_json(), sum(tokens))
-        if settings.scheduler == "pbt":
-            check_population(space, settings, base.workers)
         fields = sweep_fields(base, settings, hashes)
         name, folder = settle_name(request, base.preset, settings, fields)
         shared = {"data": data.report, "tokenizer": data.tokenizer.fingerprint}
@@ -82,7 +80,6 @@ def tune(
             name, folder, request.runs_dir, base, settings, space, fields, hashes, device, taken_out,
             shared_identity=shared,
         )  # fmt: skip
-        check_fits_here(sweep)
         if is_finished(sweep):
             code = already_finished(sweep, display)
         else:

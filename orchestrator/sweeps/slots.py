@@ -34,14 +34,13 @@ def starts_ahead(sweep: Sweep, request: SweepRequest) -> bool:
     return 2 * at_a_time >= cpus
 
 
-def check_fits_here(sweep: Sweep) -> None:
+def check_fits_here(workers: int, cpus_per_trial: int) -> None:
     """UserError where a trial could never be placed on this machine; a cluster that is joined is asked later."""
     if not os.environ.get("RAY_ADDRESS"):
-        _refuse_too_many_cpus(sweep, max(sweep.base.workers, usable_cpus()))
+        _refuse_too_many_cpus(workers, cpus_per_trial, max(workers, usable_cpus()))
 
 
-def _refuse_too_many_cpus(sweep: Sweep, cpus: float) -> None:
-    workers, each = sweep.base.workers, sweep.settings.cpus_per_trial
+def _refuse_too_many_cpus(workers: int, each: int, cpus: float) -> None:
     if workers * each > cpus:
         raise UserError(
             f"a trial of {workers} worker{'s' if workers > 1 else ''} with {each} CPUs each needs {workers * each}, "
@@ -55,7 +54,7 @@ def slots_of(ray: Any, sweep: Sweep, request: SweepRequest) -> Slots:
     workers, each = sweep.base.workers, sweep.settings.cpus_per_trial
     wanted = request.gpus_per_trial
     per_trial = (float(workers) if sweep.device == "cuda" else 0.0) if wanted is None else wanted
-    _refuse_too_many_cpus(sweep, cpus)
+    _refuse_too_many_cpus(workers, each, cpus)
     if per_trial > gpus:
         raise UserError(
             f"a trial needs {per_trial:g} GPUs and the cluster has {gpus:g}: it could never start. "

@@ -141,7 +141,9 @@ def tune(
     """
     from orchestrator.experiment import confined
     from orchestrator.runs import check_runs_dir
+    from orchestrator.sweeps.population import check_population
     from orchestrator.sweeps.settings import build_settings
+    from orchestrator.sweeps.slots import check_fits_here
     from orchestrator.sweeps.sweep import SweepRequest
     from trainers.errors import UserError
 
@@ -185,7 +187,11 @@ def tune(
         verbose=verbose,
         json=json,
     )
-    build_settings(draft, found.to_json(), tokens=10**18)  # what is wrong with them is said before the text is read
+    # What can be told to be wrong without the text is said before it is read.
+    settings = build_settings(draft, found.to_json(), tokens=10**18)
+    if settings.scheduler == "pbt":
+        check_population(found, settings, chosen.config.workers)
+    check_fits_here(chosen.config.workers, settings.cpus_per_trial)
     if not dry_run:
         check_runs_dir(runs_dir)
     from orchestrator.sweeps import driver, rehearsal

@@ -48,7 +48,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def left_behind(folder: Path) -> list[str]:
     """All but the shared cache of packed text."""
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()] if folder.exists() else []
-    return [str(path) for path in files if path.parts[0] != ".cache"]
+    return [str(path) for path in files if ".cache" not in path.parts]
 
 
 CASES: dict[str, tuple[list[str], str]] = {
@@ -103,7 +103,8 @@ def test_bad_input_gets_one_message_and_leaves_nothing(
 
 
 def test_a_dry_run_refuses_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for case in ("an unknown space", "no trials", "an unknown metric", "grace beyond the budget"):
+    cases = ("an unknown space", "no trials", "an unknown metric", "grace beyond the budget", "a population of three")
+    for case in (*cases, "more CPUs than there are"):
         arguments, part = CASES[case]
         assert part in refused([*TINY, *arguments, "--dry-run"], capsys)
     assert left_behind(tmp_path) == ["text.txt"]
@@ -129,10 +130,10 @@ def begun(name: str, *arguments: str) -> Path:
 @pytest.fixture
 def first(monkeypatch: pytest.MonkeyPatch) -> Path:
     """A sweep over the learning rate with two trials that has asked for one."""
-    monkeypatch.setattr(driver, "_holds_something", lambda sweep: True)
-    folder = begun("first", *LR, "--trials", "2")
+    with monkeypatch.context() as kept:
+        kept.setattr(driver, "_holds_something", lambda sweep: True)
+        folder = begun("first", *LR, "--trials", "2")
     (folder / JOURNAL).write_text('{"event":"asked","trial":0,"params":{"optim.lr":0.001},"time_ms":1}\n')
-    monkeypatch.undo()
     return folder
 
 
