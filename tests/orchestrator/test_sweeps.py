@@ -58,6 +58,7 @@ def test_the_same_command_again_starts_nothing(sweeps: SweepPlace, whole_sweep: 
     assert f"--trials {TRIALS} or more" in fewer.output
 
 
+@pytest.mark.slow
 def test_more_trials_and_then_the_winner_at_full_budget(sweeps: SweepPlace, whole_sweep: SweepLeft) -> None:
     """The trials there were are not trained again; the winner trains as a run of its own, on the whole budget."""
     sweeps.run_sweep("undisturbed", *RANDOM, "--trials", str(TRIALS + 1), "--then-train")
@@ -107,6 +108,7 @@ def test_a_sweep_in_which_nothing_trains_says_why(sweeps: SweepPlace) -> None:
     assert nobody_runs(sweeps.runs)
 
 
+@pytest.mark.slow
 def test_a_spent_budget_stops_the_sweep_and_a_larger_one_goes_on(sweeps: SweepPlace, whole_sweep: SweepLeft) -> None:
     """Exit code 75 and the reason in MLflow; afterwards as if there had been no budget."""
     two = [*RANDOM, "--trials", "2"]
