@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import traceback
@@ -35,12 +36,17 @@ def attempt(job: dict[str, Any], open_context: Callable[[], Any]) -> None:
     import torch
 
     torch.set_num_threads(job["threads"])  # Ray's default is one thread per worker
+    context = open_context()
+    context.tracking = job["tracking"]
+    with contextlib.closing(context.guard):  # a process may train a thousand trials, one after another
+        _attempt(job, context)
+
+
+def _attempt(job: dict[str, Any], context: Any) -> None:
     from trainers.config import RunConfig
     from trainers.errors import NonFinite, Superseded, TrainingFailed, UserError
     from trainers.loop import train
 
-    context = open_context()
-    context.tracking = job["tracking"]
     if (context.run_dir / OUTCOME).exists():  # the run ended, and a worker died after that: nothing is left to do
         return
     try:
