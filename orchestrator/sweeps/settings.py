@@ -14,8 +14,6 @@ METRICS = (
     "train/loss", "perf/tokens_per_s", "mem/peak_gib",
 )  # fmt: skip
 """what a trial reports at an evaluation"""
-SEARCHERS = ("grid", "random", "tpe", "multi")
-SCHEDULERS = ("none", "asha", "hyperband", "median", "pbt")
 OPTIONS = {"objectives": "--objective", "seed": "--search-seed"}
 """where the command line says it in another word"""
 

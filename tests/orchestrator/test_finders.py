@@ -33,6 +33,7 @@ from orchestrator.memory_limit import Limit, available_memory, limit_for, parse_
 from orchestrator.runs import find_runs
 from orchestrator.target import Flags, Target, split
 from orchestrator.tracking import Store, open_store
+from tests.orchestrator.faults import WORDS
 from trainers.batch_probe import Job, Probe
 from trainers.config import RunConfig
 from trainers.config_io import build_config, dump_yaml, override
@@ -43,25 +44,6 @@ from trainers.presets import preset
 
 PROJECT = Path(__file__).parents[2]
 GIB = 1 << 30
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "saw",
-    "two",
-    "dogs",
-    "run",
-    "to",
-    "an",
-    "old",
-    "tree",
-    "of",
-    "rain",
-]
 
 
 def tiny(folder: Path, **changes: Any) -> RunConfig:
