@@ -19,7 +19,7 @@ def lr_at(
     it stays there. ConfigError when epochs are asked of a corpus whose length nobody knows (`steps_per_epoch` None).
     """
     if step < schedule.warmup_steps:
-        return base_lr * (step + 1) / schedule.warmup_steps
+        return base_lr * ((step + 1) / schedule.warmup_steps)
     return base_lr * _shape(schedule, step, total_steps, steps_per_epoch)
 
 

@@ -259,9 +259,11 @@ def leaves(process: subprocess.Popen[bytes], descriptor: int) -> int | None:
 def read_until(descriptor: int, expected: str, *, nudge: bytes = b"") -> str:
     """What the session wrote up to `expected`; `nudge` is typed again for every second of silence."""
     seen, deadline = "", time.monotonic() + 60
+    readable = select.poll()  # select() itself refuses descriptors from 1,024 on
+    readable.register(descriptor, select.POLLIN)
     while expected not in seen:
         assert time.monotonic() < deadline, repr(seen)
         os.write(descriptor, nudge)
-        if select.select([descriptor], [], [], 1.0)[0]:
+        if readable.poll(1000):
             seen += os.read(descriptor, 65536).decode("utf-8", "replace")
     return seen
