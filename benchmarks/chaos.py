@@ -4,13 +4,15 @@
     python -m benchmarks.chaos --only F1 --count 3   the first three cases of one fault
     python -m benchmarks.chaos --only F4 --again     cases that are done already, too
 
-May be stopped and started again at any time. The faults are numbered as in the project's fault plan; the laws are
-those of the tests, played by the same code (tests/orchestrator/episodes.py).
+May be stopped and started again at any time, and two of them may play different faults side by side. The faults are
+numbered as in the project's fault plan; the laws are those of the tests, played by the same code
+(tests/orchestrator/episodes.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import random
@@ -263,8 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name in options.only:
             for seed in range(min(FAULTS[name].count, options.count or sys.maxsize)):
                 if options.again or (name, seed) not in cases or not cases[name, seed].passed:
-                    cases[name, seed] = play(place, name, seed)
-                    write_record(cases)
+                    cases = kept(play(place, name, seed))
     print(table(cases))
     return 0 if all(case.passed for (name, _), case in cases.items() if name in options.only) else 1
 
@@ -303,8 +304,20 @@ def read_record() -> dict[tuple[str, int], Case]:
     return {(case.fault, case.seed): case for case in cases}
 
 
-def write_record(cases: dict[tuple[str, int], Case]) -> None:
+def kept(case: Case) -> dict[tuple[str, int], Case]:
+    """The record with this case in it; a programme of other faults may write to it at the same time."""
     RECORD.parent.mkdir(exist_ok=True)
+    folder = os.open(RECORD.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        cases = read_record() | {(case.fault, case.seed): case}
+        write_record(cases)
+    finally:
+        os.close(folder)
+    return cases
+
+
+def write_record(cases: dict[tuple[str, int], Case]) -> None:
     order = sorted(cases, key=lambda key: (list(FAULTS).index(key[0]), key[1]))
     content = {"machine": machine(), "cases": [asdict(cases[key]) for key in order]}
     temporary = RECORD.with_suffix(".tmp")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,3 +57,11 @@ def test_a_person_may_still_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(chaos.FAULTS, "F1", chaos.Fault("", 1, play))
     with pytest.raises(KeyboardInterrupt):
         chaos.play(closing(), "F1", 0)
+
+
+def test_programmes_side_by_side_keep_every_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(chaos, "RECORD", tmp_path / "results" / "chaos.json")
+    with ThreadPoolExecutor(8) as programmes:
+        for _ in programmes.map(lambda seed: chaos.kept(chaos.Case("F1", seed, True, 1, 1.0, "")), range(20)):
+            pass
+    assert set(chaos.read_record()) == {("F1", seed) for seed in range(20)}
