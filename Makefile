@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 STEPS ?= 7000
+# Two processes share the tests; a thread each, for two that spin on two cores wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-all chaos check bench format
@@ -22,10 +24,10 @@ train: $(READY) ## a first model on the embedded corpus, 2 to 3 minutes on two c
 		evaluation.every_steps=2000 evaluation.max_tokens=131072 checkpoint.every_steps=1000
 
 test: $(READY) ## the fast suite
-	$(BIN)/python -m pytest -q -m "not slow and not chaos and not gpu and not cluster"
+	$(PYTEST) -m "not slow and not chaos and not gpu and not cluster"
 
 test-all: $(READY) ## the slow tests too
-	$(BIN)/python -m pytest -q -m "not chaos and not gpu"
+	$(PYTEST) -m "not chaos and not gpu"
 
 chaos: $(READY) ## kill and corrupt, the full counts; can be stopped and goes on
 	$(BIN)/python -m benchmarks.chaos

@@ -20,3 +20,18 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("needs ../shared/data beside the project")
     return folder
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that share a start of Ray go to one process of several, and the longest such groups start first."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_shared_by(item)))
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+
+
+def _shared_by(item: pytest.Item) -> str:
+    fixtures = set(getattr(item, "fixturenames", ()))
+    session = fixtures & {"shared_sweeps", "shared_place"}
+    return min(session) if session else item.nodeid.partition("::")[0]
