@@ -23,15 +23,10 @@ def shared_data() -> Path:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that share a start of Ray go to one process of several, and the longest such groups start first."""
+    """Where two processes share the tests, one has all that starts Ray, and begins with it: two Rays are too many."""
     if not config.pluginmanager.hasplugin("xdist"):
         return
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(_shared_by(item)))
+        starts_ray = item.get_closest_marker("ray") is not None
+        item.add_marker(pytest.mark.xdist_group("ray" if starts_ray else item.nodeid.partition("::")[0]))
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-
-
-def _shared_by(item: pytest.Item) -> str:
-    fixtures = set(getattr(item, "fixturenames", ()))
-    session = fixtures & {"shared_sweeps", "shared_place"}
-    return min(session) if session else item.nodeid.partition("::")[0]

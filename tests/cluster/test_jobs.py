@@ -136,6 +136,7 @@ def test_a_job_ends_as_the_same_command_does_here(desk: Desk) -> None:
     assert "small is finished; nothing to do." in plain.stdout
 
 
+@pytest.mark.slow
 def test_what_fails_there_fails_here(desk: Desk) -> None:
     command = ("--submission-id", "bad", "--", "train", "small.yaml", "--data", "/nowhere/text.txt")
     bad_data = desk.submit(*command, "--runs-dir", str(desk.shared))

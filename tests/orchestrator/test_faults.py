@@ -55,6 +55,7 @@ def test_killing_the_driver_is_invisible(place: Place, two_workers: Ending) -> N
     kill_driver(place, "driver-killed", 90, two_workers, spoil="torn")
 
 
+@pytest.mark.slow
 def test_stopping_twice_and_raising_the_budget_is_invisible(place: Place, one_worker: Ending, tmp_path: Path) -> None:
     """Ctrl-C, then SIGTERM, then the end, then a larger budget: as if the run had had that budget all along."""
     shorter = f"budget.steps={STEPS - 40}"
@@ -105,6 +106,7 @@ def assert_state_is_needed(run_dir: Path, whole: Ending, folder: Path) -> None:
         assert same is (piece is None)
 
 
+@pytest.mark.slow
 def test_a_locked_store_is_invisible(place: Place, one_worker: Ending) -> None:
     """Nobody can write to MLflow until training is over; then every row arrives, once. It is a `--fresh` run besides:
     the same configuration gives the same bits again."""
@@ -113,6 +115,7 @@ def test_a_locked_store_is_invisible(place: Place, one_worker: Ending) -> None:
     lock_store(place, command, one_worker)
 
 
+@pytest.mark.slow
 def test_training_that_cannot_go_on_says_so(place: Place) -> None:
     """A rate at which everything overflows: both workers end, nobody tries again, the end states are true."""
     absurd = ["optim.lr=1e30", "optim.clip_norm=null", "optim.on_nonfinite=raise", "schedule.warmup_steps=0"]
@@ -125,6 +128,7 @@ def test_training_that_cannot_go_on_says_so(place: Place) -> None:
     assert told.status == "FAILED"
 
 
+@pytest.mark.slow
 def test_a_crash_that_comes_back_ends_the_run(place: Place) -> None:
     """A sample cannot be written, which nobody foresaw: Ray tries again, and it is the same at the same place."""
     run_dir = place.runs / "crashing"

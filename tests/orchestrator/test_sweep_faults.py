@@ -144,6 +144,7 @@ BAD_AND_GOOD = ["--set-space", "optim.lr=[1e-2,1e-9]", "--searcher", "grid", "--
 BAD_AND_GOOD += ["--reduction", "2", "--evaluations", "20"]
 
 
+@pytest.mark.slow
 def test_a_stopped_trial_gives_its_cpu_back_without_a_dashboard(sweeps: SweepPlace) -> None:
     """On the cluster that the command starts for itself, which has no dashboard."""
     command = sweeps.start_sweep("stopped-early", *BAD_AND_GOOD, "budget.steps=16000")

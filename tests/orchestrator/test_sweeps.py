@@ -78,6 +78,7 @@ def test_more_trials_and_then_the_winner_at_full_budget(sweeps: SweepPlace, whol
     assert nobody_runs(sweeps.runs)
 
 
+@pytest.mark.slow
 def test_a_diverging_corner_is_told_and_the_sweep_ends_well(sweeps: SweepPlace) -> None:
     """A learning rate of 1e3 besides sound ones: tagged, a finite penalty for the searcher, and no more."""
     space = ["--set-space", "optim.lr=[1e-2,1e3,1e30]", "--searcher", "grid", "--scheduler", "none", "--seeds", "2"]
