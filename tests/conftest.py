@@ -22,6 +22,7 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.hookimpl(tryfirst=True)  # the groups are read in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where two processes share the tests, one has all that starts Ray, and begins with it: two Rays are too many."""
     if not config.pluginmanager.hasplugin("xdist"):
