@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -22,12 +23,31 @@ def shared_data() -> Path:
     return folder
 
 
-@pytest.hookimpl(tryfirst=True)  # the groups are read in the same hook
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where two processes share the tests, one has all that starts Ray, and begins with it: two Rays are too many."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
+STARTS_RAY = (
+    "tests/cluster/test_jobs.py",
+    "tests/orchestrator/test_faults.py",
+    "tests/orchestrator/test_sweep_faults.py",
+    "tests/orchestrator/test_sweeps.py",
+    "tests/orchestrator/test_train.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts Ray comes first: where two processes share the tests it is the longest piece."""
     for item in items:
-        starts_ray = item.get_closest_marker("ray") is not None
-        item.add_marker(pytest.mark.xdist_group("ray" if starts_ray else item.nodeid.partition("::")[0]))
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+        told = item.nodeid.startswith(STARTS_RAY)
+        marked = item.get_closest_marker("ray") is not None
+        assert told == marked, f"{item.nodeid}: what starts Ray is marked so and stands in STARTS_RAY"
+    items.sort(key=lambda item: not item.nodeid.startswith(STARTS_RAY))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One of several processes has all that starts Ray (two Rays are too many); the others take file after file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneRay(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if nodeid.startswith(STARTS_RAY) else nodeid.partition("::")[0]
+
+    return OneRay(config, log)
