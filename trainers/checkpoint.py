@@ -120,7 +120,7 @@ class CheckpointStore:
         self._stop_on_failure = on_disk_full == "stop"
         self._fs = filesystem or Filesystem()
         self._warn = warn
-        self._before_commit = before_commit
+        self.before_commit = before_commit
         self._rank_timeout_s = rank_timeout_s
         self._buffer: SnapshotBuffer[tuple[str, str]] = SnapshotBuffer()
         # One thread for all saves: starting one waits for it to run, submitting to one does not.
@@ -259,7 +259,7 @@ class CheckpointStore:
         files[STATE] = FileEntry.of(snapshot.meta)
         manifest = Manifest(snapshot.step, *self._owner, self._world_size, snapshot.best, files)
         staging.write_manifest(manifest, snapshot.meta)
-        self._before_commit()
+        self.before_commit()
         self._publish(snapshot)
         self._move_pointers(snapshot, ("latest", "best") if snapshot.best else ("latest",))
         size = sum(entry.size for entry in files.values())

@@ -109,6 +109,7 @@ class LocalContext(RunFolder):
 
     def close(self) -> None:
         """Let the run go, so that the next claim need not wait."""
+        self.guard.close()
         if self._claim:
             self._claim.release()
 

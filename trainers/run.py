@@ -85,7 +85,6 @@ class Run:
             save_best=config.checkpoint.save_best,
             on_disk_full=config.checkpoint.on_disk_full,
             warn=ctx.note,
-            before_commit=self._sync_record,
         )
         self.record: MetricsRecord | None = None
         self._environment = environment(self.device, ctx.world_size, config.compile)
@@ -120,6 +119,7 @@ class Run:
                 resume_step=self.progress.step,
                 warn=self.ctx.note,
             )
+            self.store.before_commit = self.record.sync  # rows up to a checkpoint cannot be replayed after it
         self.store.reserve(self._files())
 
     def _restore_from(self, checkpoint: Checkpoint) -> None:
@@ -293,11 +293,6 @@ class Run:
         own = {f"rank-{self.rank:05d}": {**rng_tensors(), **self.streams.tensors()}}
         return {**self.engine.tensors(), **own} if self.rank == 0 else own
 
-    def _sync_record(self) -> None:
-        """Rows up to a checkpoint cannot be replayed after it: durable first."""
-        if self.record is not None:
-            self.record.sync()
-
     # ---- endings --------------------------------------------------------------------------------
 
     def stop(self, phase: ActivePhase, reason: str) -> Outcome:
@@ -323,8 +318,9 @@ class Run:
 
     def _finish_record(self, state: str) -> None:
         """The rows come before the word that the run has ended; without them it has not finished."""
+        assert self.record is not None
         try:
-            self._sync_record()
+            self.record.sync()
         except OSError as error:
             if state == "finished":
                 raise

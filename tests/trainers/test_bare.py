@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -205,3 +207,16 @@ def test_only_the_last_phase_may_grow_and_only_under_a_schedule_that_does_not_lo
     with pytest.raises(ConfigError, match=r"schedule\.kind=cosine"):
         refuse("phases.code.schedule.kind=cosine", "phases.code.budget.steps=90000")
     refuse("phases.code.schedule.kind=constant", "phases.code.budget.steps=90000")
+
+
+def test_a_process_may_train_any_number_of_times(config: Path) -> None:
+    """Nothing stays open after a run, and nothing waits for the collector of cycles: corpora and weights go at once."""
+    bare(config, run="first")  # what is opened once a process
+    gc.disable()
+    try:
+        before = os.listdir("/proc/self/fd")
+        for number in range(3):
+            assert bare(config, run=f"run-{number}") == 0
+        assert len(os.listdir("/proc/self/fd")) == len(before)
+    finally:
+        gc.enable()
