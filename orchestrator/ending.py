@@ -55,7 +55,12 @@ def draw(run_dir: Path, name: str) -> None:
 def show_closing(experiment: Experiment, request: Request, seconds: float | None, notes: tuple[str, ...]) -> None:
     """The closing table, or the JSON document of it."""
     closing = closing_of(request.runs_dir, experiment.name, seconds=seconds, notes=notes)
-    print_json(closing.to_json()) if request.json else closing_table(closing)
+    if not request.json:
+        closing_table(closing)
+    elif request.document is None:
+        print_json(closing.to_json())
+    else:
+        print_json({**request.document, "training": closing.to_json()})
 
 
 def pending(delivered: Delivered | None) -> tuple[str, ...]:

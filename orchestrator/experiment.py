@@ -43,6 +43,8 @@ class Request:
     fresh: bool = False
     verbose: bool = False
     json: bool = False
+    document: dict[str, Any] | None = None
+    """what else --json prints, of the sweep that this run follows; the run is its `training`"""
 
 
 @dataclass(frozen=True)

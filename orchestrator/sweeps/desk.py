@@ -6,11 +6,10 @@ a decision leaves the desk, so a killed driver's successor knows all of them.
 
 from __future__ import annotations
 
-import math
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Queue
@@ -48,7 +47,8 @@ class Running:
 
 
 class TrialDesk:
-    """`open_trial` makes the folders, claims and MLflow runs of a point's seeds."""
+    """`open_trial` makes the folders, claims and MLflow runs of a point's seeds; `refused` tells MLflow of a trial that
+    `open_trial` refused."""
 
     def __init__(
         self,
@@ -61,6 +61,7 @@ class TrialDesk:
         say: Callable[[str], None],
         population: Population | None = None,
         take_over: Callable[[Exploit], None] = lambda exploit: None,
+        refused: Callable[[Trial], None] = lambda trial: None,
     ):
         self.journal = journal
         self.history = journal.history
@@ -74,9 +75,10 @@ class TrialDesk:
         """(trial, values) as the searcher was told in this process"""
         self._searcher, self._rule, self._milestones = searcher, rule, milestones
         self._open_trial, self._say = open_trial, say
-        self._population, self._take_over = population, take_over
+        self._population, self._take_over, self._refused = population, take_over, refused
         self._resting: dict[int, Running] = {}
         """members of a population between two rounds"""
+        self._best = best_of(self.history.ended(), settings)
         self._kept: Trial | None = None
         """of the completed trials the one that still has its checkpoints"""
         self._sunk: set[int] = set()
@@ -114,6 +116,7 @@ class TrialDesk:
                     return self._begin(trial)
                 except ConfigError as error:  # a combination of legal values that makes no run
                     self._end(trial.number, "error", 0, 0.0, str(error))
+                    self._refused(trial)
         return None
 
     def _begin(self, trial: Trial) -> PointJob:
@@ -132,11 +135,8 @@ class TrialDesk:
         with self._watched():
             running = self.running[number]
             seen = Seen(result["tokens"], tuple(result["values"]), result["spread"])
-            new = self.journal.see(number, seen)
-            if running.stop is None and not all(map(math.isfinite, seen.values)):
-                running.stop = "nonfinite"
-            elif running.stop is None and new and seen.tokens < self.settings.tokens:
-                running.stop = self._rule.stops(self.history, number, seen)
+            self.journal.see(number, seen, lambda: self._rule.stops(self.history, number, seen))
+            running.stop = running.stop or running.trial.stop
             if running.stop is not None:
                 self._tell_to_stop(running)
             return running.stop is not None
@@ -187,7 +187,7 @@ class TrialDesk:
 
     def best(self) -> Trial | None:
         """The completed trial with the best first objective."""
-        return best_of(self.history.ended(), self.settings)
+        return self._best
 
     @property
     def left(self) -> int:
@@ -206,12 +206,21 @@ class TrialDesk:
         return _Watch(self)
 
     def _next_trial(self) -> Trial | None:
-        if self._waiting:
-            return self._waiting.pop(0)
+        while self._waiting:
+            trial = self._waiting.pop(0)
+            if trial.stop is None:
+                return trial
+            self._close_judged(trial, trial.stop)
         if len(self.history.trials) >= self.settings.trials:
             return None
         params = self._searcher.ask(self.history)
         return None if params is None else self.journal.ask(params)
+
+    def _close_judged(self, trial: Trial, reason: StopReason) -> None:
+        """End a trial that was to stop when its driver was killed, without training it further."""
+        running = Running(trial, self._open_trial(trial), stop=reason, silent=True)
+        self._end(trial.number, reason, 0, 0.0, "")
+        self._closed.put((running, reason, reason in GIVEN_UP))
 
     def _next_member(self) -> Trial | Later | None:
         """A member of the population that has its next round before it; between rounds, who takes over from whom."""
@@ -259,6 +268,7 @@ class TrialDesk:
         tokens = trial.seen[-1].tokens if trial.seen else tokens
         self.journal.end(number, Ending(reason, values, tokens, trial.train_s + train_s, message))
         self.told.append((number, values))
+        self._best = best_of([each for each in (self._best, trial) if each is not None], self.settings)
 
     def _close_all(self) -> None:
         while (item := self._closed.get()) is not None:
@@ -312,7 +322,7 @@ class _Watch:
         return isinstance(error, Exception)
 
 
-def best_of(trials: Iterator[Trial], settings: SweepSettings) -> Trial | None:
+def best_of(trials: Iterable[Trial], settings: SweepSettings) -> Trial | None:
     """The completed trial with the best first objective; the earlier of equals."""
     completed = [trial for trial in trials if trial.ending is not None and trial.ending.reason == "completed"]
     sign = settings.objective.sign

@@ -24,6 +24,7 @@ from orchestrator.sweeps.history import StopReason
 from orchestrator.sweeps.journal import JOURNAL, Journal, read_history
 from orchestrator.sweeps.memory import micro_limit_of
 from orchestrator.sweeps.population import Population
+from orchestrator.sweeps.refused import enter_refused, untold
 from orchestrator.sweeps.rules import build_rule
 from orchestrator.sweeps.searchers import build_searcher
 from orchestrator.sweeps.settings import SweepSettings, build_settings
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from orchestrator.tracking import EndState, TrackedRun
 
 POLL_S = 0.25
+GPU_NOTED_S = 10.0  # between two notes of the GPU time so far: what a kill of the driver may take from the count
 DONE, STOPPED = 0, 75
 
 
@@ -66,6 +68,7 @@ def tune(
     check_device(base)
     hashes = data_hashes(base, cache_dir(request.runs_dir))
     signals = StopSignals()
+    held: dict[str, Any] | None = None
     with SweepDisplay(request.json) as display, signals.heard():
         with signals.leaving_at_once():
             data = prepare(base, cache_dir(request.runs_dir), progress=display.packing)
@@ -85,18 +88,23 @@ def tune(
         else:
             with claimed_sweep(sweep) as claim:
                 code = SweepDriver(sweep, data, request, claim, signals, display).run()
-    winner = best_of(read_history(sweep.folder / JOURNAL).ended(), settings)
-    if request.then_train and code == DONE and winner is not None:
+        winner = best_of(read_history(sweep.folder / JOURNAL).ended(), settings)
+        trains = request.then_train and code == DONE and winner is not None
+        if trains:
+            held, display.document = display.document, None
+    if trains:
         from orchestrator.sweeps.full_training import train_winner
 
-        return train_winner(sweep, winner, typed, data, request)
+        assert winner is not None
+        return train_winner(sweep, winner, typed, data, request, held)
     return code
 
 
 def is_finished(sweep: Sweep) -> bool:
     """Whether nothing is left to train, and MLflow has all of it."""
     done = sweep.identity.get("finished") == sweep.settings.trials
-    return done and not owes(sweep, read_history(sweep.folder / JOURNAL))
+    history = read_history(sweep.folder / JOURNAL)
+    return done and not owes(sweep, history) and not any(untold(sweep, history))
 
 
 def already_finished(sweep: Sweep, display: SweepDisplay) -> int:
@@ -149,6 +157,7 @@ class SweepDriver:
         self._began = self._looked = time.monotonic()
         self._gpu_s = sweep.identity.get("gpu_s", 0.0)
         """for which trials of this sweep have held GPUs, the earlier commands' included"""
+        self._gpu_noted = time.monotonic()
 
     def run(self) -> int:
         sweep, display = self.sweep, self.display
@@ -177,9 +186,12 @@ class SweepDriver:
                 display.note,
                 population,
                 lambda exploit: take_over(self.sweep, journal.history, exploit),
+                lambda trial: enter_refused(self.sweep, trial, opening, parent.run_id),
             )
             with self._ended_truthfully(parent):
                 settle(sweep, journal.history, opening, parent.run_id, display.note)
+                for trial in untold(sweep, journal.history):
+                    enter_refused(sweep, trial, opening, parent.run_id)
                 error = self._watch(Tuning(desk, slots, self._tune_folder, bool(ahead)), desk, slots)
                 display.status("closing the trials")
                 desk.finish()
@@ -225,10 +237,13 @@ class SweepDriver:
         return tuning.error
 
     def _count_gpu_time(self, held: float) -> None:
-        """So many GPUs were held since the last look."""
+        """So many GPUs were held since the last look. A driver that is killed has noted all but the last seconds."""
         now = time.monotonic()
         self._gpu_s += held * (now - self._looked)
         self._looked = now
+        if held and now - self._gpu_noted >= GPU_NOTED_S:
+            self._gpu_noted = now
+            write_sweep(self.sweep, gpu_s=self._gpu_s)
 
     def _spent(self, desk: TrialDesk) -> str | None:
         """Which of the sweep's budgets is used up."""
@@ -299,7 +314,7 @@ class SweepDriver:
         from orchestrator.tracking import TrackingRefused, TrackingUnavailable
 
         ended = list(desk.history.ended())
-        best = best_of(iter(ended), self.sweep.settings)
+        best = best_of(ended, self.sweep.settings)
         trials = desk.history.trials.values()
         train_s = sum(trial.ending.train_s if trial.ending else trial.train_s for trial in trials)
         seconds += self.sweep.identity.get("wall_s", 0.0)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from orchestrator import launch
+from orchestrator.console import print_json
 from orchestrator.experiment import Request, cache_dir, settle
 from orchestrator.sweeps.history import Trial
 from orchestrator.sweeps.sweep import Sweep, SweepRequest, tokens_of_phases
@@ -18,20 +20,38 @@ from trainers.errors import ConfigError
 from trainers.presets import PRESETS
 
 
-def train_winner(sweep: Sweep, winner: Trial, typed: RunConfig, data: PreparedData, request: SweepRequest) -> int:
+def train_winner(
+    sweep: Sweep,
+    winner: Trial,
+    typed: RunConfig,
+    data: PreparedData,
+    request: SweepRequest,
+    document: dict[str, Any] | None = None,
+) -> int:
     """Train SWEEP-best from wherever it stands; its exit code. `typed`: the base as the command line said it.
 
+    `document`, of the sweep, is printed as JSON in any case, with the training as its `training` where that ends.
     Raises UserError where another run has that name, an earlier winner's say.
     """
     config = full_run(sweep, winner, typed, data)
-    asked = Request(request.runs_dir, f"{sweep.name}-best", verbose=request.verbose, json=request.json)
+    name = f"{sweep.name}-best"
+    asked = Request(request.runs_dir, name, verbose=request.verbose, json=request.json, document=document)
     try:
-        settle(config, asked, data_hashes(config, cache_dir(request.runs_dir)))
+        _refuse_another(config, winner, asked)
+        return launch.train(config, asked)
+    except BaseException:
+        if document is not None:
+            print_json(document)
+        raise
+
+
+def _refuse_another(config: RunConfig, winner: Trial, asked: Request) -> None:
+    try:
+        settle(config, asked, data_hashes(config, cache_dir(asked.runs_dir)))
     except ConfigError as error:
         raise ConfigError(
             f"the sweep is done, and its winner, {winner.name}, cannot train as {asked.name}: {error}"
         ) from None
-    return launch.train(config, asked)
 
 
 def full_run(sweep: Sweep, winner: Trial, typed: RunConfig, data: PreparedData) -> RunConfig:

@@ -64,6 +64,8 @@ class Trial:
     params: Params
     seen: list[Seen] = field(default_factory=list)
     """in the order of tokens; each count of tokens once"""
+    stop: StopReason | None = None
+    """why the last of `seen` is where it is to stop; only a population's member goes on from there"""
     ending: Ending | None = None
     """None while it runs, waits, or can go on"""
     train_s: float = 0.0
@@ -121,6 +123,7 @@ class History:
         trial = self.trials[exploit.trial]
         trial.lineage.append(exploit)
         trial.params = exploit.params
+        trial.stop = None
 
     def unfinished(self) -> Iterator[Trial]:
         """Asked for and not ended for good, in the order of their numbers."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from orchestrator.sweeps.history import Ending, Exploit, History, Params, Seen, Trial
+from orchestrator.sweeps.history import Ending, Exploit, History, Params, Seen, StopReason, Trial
 from trainers.claim import Guard
 from trainers.filesystem import Filesystem, write_all
 
@@ -39,11 +40,14 @@ class Journal:
         self._write({"event": "asked", "trial": number, "params": params})
         return self.history.ask(number, params)
 
-    def see(self, number: int, seen: Seen) -> bool:
-        """Note an evaluation; False where it was noted before (replayed after a kill), which changes nothing."""
+    def see(self, number: int, seen: Seen, judge: Callable[[], StopReason | None] = lambda: None) -> bool:
+        """Note an evaluation with what `judge` makes of it, once it stands in the history, in one line: no kill comes
+        between the two. False where it was noted before (replayed after a kill), which changes nothing."""
         new = self.history.see(number, seen)
         if new:
-            self._write({"event": "seen", "trial": number, **asdict(seen)})
+            trial = self.history.trials[number]
+            trial.stop = judge()
+            self._write({"event": "seen", "trial": number, **asdict(seen), "stop": trial.stop})
         return new
 
     def end(self, number: int, ending: Ending) -> None:
@@ -65,10 +69,6 @@ class Journal:
         """Note that a trial was interrupted, or rests between two rounds, after so many seconds of training."""
         self._write({"event": "rested", "trial": number, "train_s": train_s})
         self.history.trials[number].train_s += train_s
-
-    def note(self, event: str, number: int, **more: Any) -> None:
-        """Something worth telling that decides nothing: a retry, an exploit."""
-        self._write({"event": event, "trial": number, **more})
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -94,12 +94,13 @@ def read_history(path: Path) -> History:
 
 
 def replay(history: History, event: dict[str, Any]) -> None:
-    """Take a line of the journal into the history; kinds that decide nothing are passed over."""
+    """Take a line of the journal into the history."""
     number = event["trial"]
     if event["event"] == "asked":
         history.ask(number, event["params"])
     elif event["event"] == "seen":
         history.see(number, Seen(event["tokens"], tuple(event["values"]), event["spread"]))
+        history.trials[number].stop = event["stop"]
     elif event["event"] == "round":
         history.rounds = event["round"]
         for each in event["exploits"]:

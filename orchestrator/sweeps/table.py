@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -34,9 +35,12 @@ class SweepDisplay:
         self.note = self._display.note
         self.status = self._display.status
         self._json = json
+        self.document: dict[str, Any] | None = None
+        """what --json prints when all is over, whatever ended it"""
         self._terminal = sys.stdout.isatty() and not json
         self._sweep: Sweep | None = None
-        self._shown: set[int] = set()
+        self._told, self._ended = 0, 0
+        """events of the history that were told, and the trials among them that ended"""
         self._began = self._last_line = time.monotonic()
         self._tokens_before = 0
         self._view: RenderableType = Text("")
@@ -45,7 +49,7 @@ class SweepDisplay:
         """The header; trials that ended before are not told again."""
         self._sweep = sweep
         settings = sweep.settings
-        self._shown = {trial.number for trial in history.ended()}
+        self._told, self._ended = len(history.events), sum(1 for _ in history.ended())
         self._tokens_before = tokens_done(history, settings)
         seeds = f" x {settings.seeds} seeds" if settings.seeds > 1 else ""
         self.note(
@@ -54,8 +58,8 @@ class SweepDisplay:
         )
         for cell, reason in sweep.taken_out:
             self.note(f"left out: {cell} ({reason})")
-        if self._shown:
-            self.note(f"goes on: {len(self._shown)} trials have ended before")
+        if self._ended:
+            self.note(f"goes on: {self._ended} trials have ended before")
 
     def tick(self, desk: TrialDesk) -> None:
         """Tell what has ended, and draw the table anew."""
@@ -75,15 +79,16 @@ class SweepDisplay:
 
     def _tell_ended(self, desk: TrialDesk) -> None:
         assert self._sweep is not None
-        for trial in [trial for trial in list(desk.history.ended()) if trial.number not in self._shown]:
-            self._shown.add(trial.number)
+        events = desk.history.events[self._told :]
+        self._told += len(events)
+        left = self._left(desk) if events else ""
+        for trial in [desk.history.trials[event.trial] for event in events if event.kind == "ended"]:
+            self._ended += 1
             self._last_line = time.monotonic()
-            best = desk.best()
-            star = " best" if best is trial else ""
-            done = len(self._shown)
+            star = " best" if desk.best() is trial else ""
             self.note(
-                f"[{done}/{self._sweep.settings.trials}] {trial.name} {told(trial)}{star}  {settings_of(trial.params)}"
-                f"{self._left(desk)}"
+                f"[{self._ended}/{self._sweep.settings.trials}] {trial.name} {told(trial)}{star}  "
+                f"{settings_of(trial.params)}{left}"
             )
 
     def _left(self, desk: TrialDesk) -> str:
@@ -106,7 +111,7 @@ class SweepDisplay:
         """Leave the terminal as it was, and print what was found."""
         self._display.close()
         if self._json:
-            print_json(facts(results))
+            self.document = facts(results)
             return
         console = out()
         console.print()
@@ -118,6 +123,8 @@ class SweepDisplay:
 
     def __exit__(self, *_: object) -> None:
         self._display.close()
+        if self.document is not None:
+            print_json(self.document)
 
 
 def tokens_done(history: History, settings: SweepSettings, ended_only: bool = False) -> int:

@@ -46,7 +46,7 @@ class SeedTraining:
         elif reason != "completed":
             outcome["state"] = "stopped"
         if ending is not None:
-            self._tracker.log_last(_told(ending, self._seeds))
+            self._tracker.log_last(told(ending, self._seeds))
         self._tracker.close({**outcome, "stop_reason": reason})
         self._claim.release()
 
@@ -70,7 +70,7 @@ def open_trial(
         (experiment.run_dir / STOP_REQUEST).unlink(missing_ok=True)
         (experiment.run_dir / "logs").mkdir(exist_ok=True)
         write_identity(experiment, total_steps=total_steps_of(config), **sweep.shared_identity)
-        nested = Nested(parent_run_id, _tags(sweep, trial, name, index), is_new=claim.generation == 1)
+        nested = Nested(parent_run_id, tags_of(sweep, trial, name, index), is_new=claim.generation == 1)
         tracker = Tracker(experiment, opening, say, nested)
         tracker.open()
         seeds.append(SeedTraining(experiment, claim, tracker, _job(sweep, experiment, claim), settings.seeds))
@@ -116,7 +116,7 @@ def _experiment(sweep: Sweep, name: str, config: RunConfig, digest: str, fields:
     return Experiment(f"{sweep.name}/{name}", sweep.folder / name, config, digest, fields, known=False, extended=False)
 
 
-def _tags(sweep: Sweep, trial: Trial, name: str, seed_index: int) -> dict[str, str]:
+def tags_of(sweep: Sweep, trial: Trial, name: str, seed_index: int) -> dict[str, str]:
     return {
         **_environment(),
         "kind": "trial",
@@ -164,7 +164,7 @@ def _job(sweep: Sweep, experiment: Experiment, claim: Claim) -> dict[str, Any]:
     }
 
 
-def _told(ending: Ending, seeds: int) -> dict[str, float]:
+def told(ending: Ending, seeds: int) -> dict[str, float]:
     """What the searcher heard of the point, and this seed's share of the cost."""
     values = {f"sweep/objective{f'_{index}' if index else ''}": value for index, value in enumerate(ending.values)}
     return {**values, "sweep/train_s": ending.train_s / seeds}

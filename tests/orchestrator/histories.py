@@ -118,7 +118,9 @@ def lines(history: History) -> list[str]:
             written.append(json.dumps({"event": "asked", "trial": trial.number, "params": trial.params}))
             continue
         assert trial.ending is not None
-        written += [json.dumps({"event": "seen", "trial": trial.number, **asdict(seen)}) for seen in trial.seen]
+        written += [
+            json.dumps({"event": "seen", "trial": trial.number, **asdict(seen), "stop": None}) for seen in trial.seen
+        ]
         written.append(json.dumps({"event": "ended", "trial": trial.number, **asdict(trial.ending)}))
     return written
 

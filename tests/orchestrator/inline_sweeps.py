@@ -14,7 +14,7 @@ from orchestrator.sweeps.desk import TrialDesk
 from orchestrator.sweeps.driver import milestones_of
 from orchestrator.sweeps.history import Ending, Exploit, History, StopReason, Trial, seed_names
 from orchestrator.sweeps.journal import JOURNAL, Journal
-from orchestrator.sweeps.point import PointJob, PointRun
+from orchestrator.sweeps.point import PointRun
 from orchestrator.sweeps.population import Population
 from orchestrator.sweeps.rules import build_rule
 from orchestrator.sweeps.searchers import build_searcher
@@ -75,6 +75,8 @@ class Inline:
         self.before_taking_over: Callable[[Exploit, History], None] = lambda exploit, history: None
         self.broken: Callable[[Trial], None] = lambda trial: None
         """raises where a trial is to fail to open"""
+        self.refused: list[Trial] = []
+        """trials of which MLflow would have been told that they make no run"""
         self._runs: list[tuple[int, PointRun]] = []
         self._seeds: list[Seed] = []
 
@@ -95,6 +97,7 @@ class Inline:
             self.said.append,
             population,
             lambda exploit: self._take_over(exploit, journal.history),
+            self.refused.append,
         )
         try:
             self._loop(desk, cut_at, then)
@@ -121,7 +124,7 @@ class Inline:
                 job = desk.next_job()
                 if job is None or isinstance(job, Later):
                     break
-                self._runs.append((job.number, PointRun(PointJob(**job.to_json()))))
+                self._runs.append((job.number, PointRun(job)))
             if not self._runs:
                 assert not isinstance(job, Later), "everybody waits for somebody"
                 return

@@ -17,9 +17,10 @@ from orchestrator.sweeps import desk as desks
 from orchestrator.sweeps.desk import TrialDesk
 from orchestrator.sweeps.history import PENALTY, Ending, History, Trial
 from orchestrator.sweeps.journal import JOURNAL, read_history
+from orchestrator.sweeps.point import PointRun
 from search_spaces.space import Axis, Choice, Space
 from tests.orchestrator.histories import same_history
-from tests.orchestrator.inline_sweeps import EVALUATIONS, Inline, play_with_cuts
+from tests.orchestrator.inline_sweeps import EVALUATIONS, Cut, Inline, play_with_cuts
 from trainers.errors import ConfigError
 
 HOPELESS = Space((Axis("optim.lr", Choice((1e-2, 2e-2, 1e-8, 2e-8))),))
@@ -174,6 +175,7 @@ def test_a_point_that_makes_no_run_is_an_error_and_the_sweep_goes_on(tmp_path: P
     assert [ending.reason for ending in endings(desk.history)] == ["completed", "error", "completed", "completed"]
     assert endings(desk.history)[1].message == "optim.lr: not today."
     assert endings(desk.history)[1].values == (PENALTY,)
+    assert sweep.refused == [desk.history.trials[1]]
 
 
 def test_a_trial_whose_process_died_too_often_is_an_error(tmp_path: Path) -> None:
@@ -238,6 +240,43 @@ def test_tokens_count_every_seed(tmp_path: Path) -> None:
     sweep = Inline(tmp_path, trials=2, seeds=2)
     desk = sweep.play()
     assert desk.tokens == 2 * 2 * sweep.settings.tokens
+
+
+class KilledAtVerdict(Inline):
+    """Its driver is killed when a trial has been judged and before that has come to anything."""
+
+    def _step(self, desk: TrialDesk, number: int, run: PointRun) -> None:
+        result = run.next().to_json()
+        if result["state"]:
+            self._runs.remove((number, run))
+            desk.over(number, result, None)
+            assert run.end()
+        elif desk.said(number, result):
+            raise Cut
+
+
+@pytest.mark.parametrize("remembered", [True, False], ids=["as it is", "control"])
+def test_a_verdict_stands_whatever_is_killed_before_it_is_carried_out(remembered: bool, tmp_path: Path) -> None:
+    """The trial is ended as it was judged, without training further; its rung stays as it was for the others."""
+    settings: dict[str, Any] = {"searcher": "grid", "scheduler": "asha", "reduction": 2}
+    whole = Inline(tmp_path / "whole", HOPELESS, **settings).play().history
+    killed = KilledAtVerdict(tmp_path / "killed", HOPELESS, **settings)
+    with pytest.raises(Cut):
+        killed.play()
+    journal = killed.folder / JOURNAL
+    *_, last = lines(killed)
+    assert (last["event"], last["trial"], last["stop"]) == ("seen", 2, "asha")
+    if not remembered:
+        journal.write_text(journal.read_text().replace('"stop":"asha"', '"stop":null'))
+    again = Inline(tmp_path / "killed", HOPELESS, **settings)
+    history = again.play().history
+    assert_each_once(again, history)
+    same = [[t.seen for t in each.trials.values()] for each in (history, whole)]
+    assert (same[0] == same[1]) is remembered
+    assert (len(history.trials[2].seen) == 1) is remembered
+    if remembered:
+        assert again.closed[0][:2] == ("t0002", "asha")
+        assert not (again.folder / "t0002" / "checkpoints").exists()
 
 
 def test_a_space_of_two_points_runs_out(tmp_path: Path) -> None:

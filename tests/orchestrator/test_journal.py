@@ -36,8 +36,7 @@ def happen(journal: Journal) -> list[History]:
     then(journal.ask({"optim.lr": 1e-3, "optim.betas": [0.9, 0.95], "note": "Größe \n ok"}))
     then(journal.ask({"optim.lr": 0.1 + 0.2}))
     then(journal.see(0, Seen(100, (1.25, 3.0), 0.1)))
-    then(journal.note("retried", 0, reason="killed"))
-    then(journal.see(1, Seen(100, (math.nan, math.inf))))
+    then(journal.see(1, Seen(100, (math.nan, math.inf)), lambda: "nonfinite"))
     then(journal.end(1, Ending("nonfinite", (1e6, -1e6), 100, 0.5, "the loss is nan")))
     then(journal.see(0, Seen(200, (1.0, 4.0))))
     then(journal.end(0, Ending("completed", (1.0, 4.0), 200, 1.5)))
@@ -107,7 +106,7 @@ def test_after_a_newer_claim_the_old_writer_writes_nothing(tmp_path: Path) -> No
             lambda: old.ask({}),
             lambda: old.see(0, Seen(100, (1.0,))),
             lambda: old.end(0, Ending("completed", (1.0,), 100, 1.0)),
-            lambda: old.note("retried", 0),
+            lambda: old.rest(0, 1.0),
         ):
             with pytest.raises(Superseded):
                 write()
