@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
-from orchestrator.ray_cluster import Resources, free_cpus, usable_cpus
+from orchestrator.experiment import SWEEP, confined
+from orchestrator.ray_cluster import Resources, free_cpus, ray_cluster, usable_cpus
 from orchestrator.sweeps.sweep import Sweep, SweepRequest
+from search_spaces.precisions import Device
+from trainers.config import RunConfig
 from trainers.errors import UserError
+from trainers.identity import read_json
 
 # Of a trial whose workers are actors of their own: it needs no CPU, and Tune wants a bundle that is not empty. The head
 # is also the node that nobody takes away.
@@ -23,6 +28,37 @@ class Slots:
     share: dict[str, int]
     """of each worker, where a trial has several"""
     gpus_per_trial: float
+
+
+def device_of(base: RunConfig, request: SweepRequest) -> Device:
+    """What the trials compute on: the configured device; of a sweep that was begun, the one it was begun for; else what
+    there is where they will run, the cluster that RAY_ADDRESS names or this machine.
+
+    Raises UserError where a cluster cannot be asked.
+    """
+    if base.device != "auto":
+        return base.device
+    if request.name is not None and not request.fresh:
+        begun = read_json(confined(request.runs_dir, request.name) / SWEEP) or {}
+        if begun.get("device") in get_args(Device):
+            return begun["device"]
+    if os.environ.get("RAY_ADDRESS"):
+        try:
+            with ray_cluster(base.workers, verbose=False, log_path=Path(os.devnull)) as ray:
+                return _device_there(ray, base, request)
+        except ConnectionError as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(f"the Ray cluster that RAY_ADDRESS names cannot be asked what it has: {first}") from error
+    from trainers.devices import resolve_device
+
+    return resolve_device("auto").type  # type: ignore[return-value]
+
+
+def _device_there(ray: Any, base: RunConfig, request: SweepRequest) -> Device:
+    """cuda where the cluster has the GPUs of a trial."""
+    gpus = ray.cluster_resources().get("GPU", 0)
+    needed = base.workers if request.gpus_per_trial is None else request.gpus_per_trial
+    return "cuda" if gpus and gpus >= needed else "cpu"
 
 
 def starts_ahead(sweep: Sweep, request: SweepRequest) -> bool:

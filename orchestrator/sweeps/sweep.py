@@ -148,6 +148,7 @@ def write_sweep(sweep: Sweep, **more: Any) -> None:
         "fields": sweep.fields,
         "settings": sweep.settings.model_dump(mode="json"),
         "taken_out": [list(cell) for cell in sweep.taken_out],
+        "device": sweep.device,
         **more,
     }
     write_atomically(sweep.folder / "config.yaml", dump_yaml(sweep.base))

@@ -16,6 +16,9 @@ from trainers.config import BudgetConfig, RunConfig
 from trainers.config_io import build_config, override
 from trainers.errors import ConfigError
 
+SAVED_MINUTES = 1.0
+"""of training, at most, that a trial whose process is killed trains again; a shorter one saves at its end alone"""
+
 
 def in_tokens(config: RunConfig, phase_tokens: Sequence[int]) -> RunConfig:
     """`config` with each budget in tokens (`phase_tokens`: of each resolved phase, in order), so that another batch
@@ -70,7 +73,10 @@ def _as_trial(config: RunConfig, base: RunConfig, settings: SweepSettings, seed_
         "seed": base.seed + seed_index,
         "evaluation.every_tokens": settings.report_every,
         "early_stopping.patience": 0,  # trials compare equal tokens
-        "checkpoint.at_evaluations": True,
+        "checkpoint.at_evaluations": False,  # a stop saves, the end of a turn and of a round too
+        "checkpoint.every_steps": None,
+        "checkpoint.every_epochs": None,
+        "checkpoint.every_minutes": min(SAVED_MINUTES, base.checkpoint.every_minutes or SAVED_MINUTES),
         "checkpoint.keep_last_n": 1,
         "checkpoint.save_best": False,
         "samples.count": 0,

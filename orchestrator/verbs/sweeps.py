@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ import typer
 from orchestrator.verbs import options
 
 if TYPE_CHECKING:
+    from orchestrator.sweeps.sweep import SweepRequest
     from search_spaces.space import Space
     from trainers.config import RunConfig
 
@@ -19,9 +21,10 @@ DEFAULT_TRIALS = 16
 DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
 
 
-@options.spread
-def tune(
-    target: options.TargetOptions,
+@dataclass(frozen=True)
+class SpaceOptions:
+    """What is searched."""
+
     space: Annotated[
         str | None,
         typer.Option(
@@ -30,7 +33,7 @@ def tune(
             help="What to search: a catalogued space or your own.",
             show_default="lr, unless --set-space",
         ),
-    ] = None,
+    ] = None
     set_space: Annotated[
         list[str] | None,
         typer.Option(
@@ -40,21 +43,27 @@ def tune(
             "'batch.sequences=[8,16]'. Repeatable; joins or overrides --space.",
             show_default=False,
         ),
-    ] = None,
+    ] = None
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How it is searched: what makes it this sweep, beside the space."""
+
     trials: Annotated[
         int | None, typer.Option("--trials", metavar="N", help="Points to try.", show_default="16; a grid: all cells")
-    ] = None,
+    ] = None
     searcher: Annotated[
         Literal["grid", "random", "tpe", "multi"],
         typer.Option(
             "--searcher", help="Who proposes points: a grid, chance, Optuna's TPE, or TPE on several objectives."
         ),
-    ] = "tpe",
+    ] = "tpe"
     scheduler: Annotated[
         Literal["none", "asha", "hyperband", "median", "pbt"],
         typer.Option("--scheduler", help="Who stops bad trials early (pbt: who changes them as they train)."),
-    ] = "asha",
-    seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Trainings of each point: noise bars.")] = 1,
+    ] = "asha"
+    seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Trainings of each point: noise bars.")] = 1
     objective: Annotated[
         list[str] | None,
         typer.Option(
@@ -63,32 +72,59 @@ def tune(
             help="What is best; several with --searcher multi.",
             show_default="val/loss",
         ),
-    ] = None,
+    ] = None
     lr_rule: Annotated[
         Literal["none", "linear", "sqrt"],
         typer.Option("--lr-rule", help="Tie the learning rate to the batch size (it is then the base batch's)."),
-    ] = "none",
-    name: Annotated[
-        str | None,
-        typer.Option("--name", metavar="NAME", help="Name of the sweep.", show_default="preset + space + fingerprint"),
-    ] = None,
-    search_seed: Annotated[int, typer.Option("--search-seed", metavar="N", help="Of the searcher.")] = 0,
+    ] = "none"
+    search_seed: Annotated[int, typer.Option("--search-seed", metavar="N", help="Of the searcher.")] = 0
     grid_points: Annotated[
         int, typer.Option("--grid-points", metavar="N", help="Grid: values of each continuous axis.")
-    ] = 3,
+    ] = 3
     evaluations: Annotated[
         int, typer.Option("--evaluations", metavar="N", help="Of each training, evenly spaced in tokens.")
-    ] = 9,
+    ] = 9
     reduction: Annotated[
         int, typer.Option("--reduction", metavar="N", help="asha, hyperband: one of so many goes on from a rung.")
-    ] = 3,
+    ] = 3
     grace: Annotated[
         int | None,
         typer.Option(
             "--grace", metavar="TOKENS", help="No trial is stopped before.", show_default="the first evaluation"
         ),
-    ] = None,
-    cpus_per_trial: Annotated[int, typer.Option("--cpus-per-trial", metavar="N", help="Threads of a worker.")] = 1,
+    ] = None
+    cpus_per_trial: Annotated[int, typer.Option("--cpus-per-trial", metavar="N", help="Threads of a worker.")] = 1
+
+    def draft(self, space: Space, space_name: str) -> dict[str, Any]:
+        """The settings of the sweep, without what the text says. Raises UserError."""
+        if self.trials is not None:
+            _refuse_below_1("trials", self.trials)
+        cells = grid_size(space, self.grid_points) if self.searcher == "grid" else DEFAULT_TRIALS
+        return {
+            "space_name": space_name,
+            "searcher": self.searcher,
+            "scheduler": self.scheduler,
+            "trials": self.trials or cells,
+            "grid_points": self.grid_points,
+            "seeds": self.seeds,
+            "seed": self.search_seed,
+            "objectives": tuple(_objective(text) for text in self.objective or ["val/loss"]),
+            "evaluations": self.evaluations,
+            "reduction": self.reduction,
+            "grace": self.grace,
+            "lr_rule": self.lr_rule,
+            "cpus_per_trial": self.cpus_per_trial,
+        }
+
+
+@dataclass(frozen=True)
+class LimitOptions:
+    """Where and for how long, which changes nothing that the sweep finds."""
+
+    name: Annotated[
+        str | None,
+        typer.Option("--name", metavar="NAME", help="Name of the sweep.", show_default="preset + space + fingerprint"),
+    ] = None
     gpus_per_trial: Annotated[
         float | None,
         typer.Option(
@@ -97,33 +133,69 @@ def tune(
             help="0.25: four trials share a GPU.",
             show_default="1 where there are GPUs",
         ),
-    ] = None,
+    ] = None
     concurrent: Annotated[
         int | None, typer.Option("--concurrent", metavar="N", help="Trials at a time.", show_default="all that fit")
-    ] = None,
+    ] = None
     max_time: Annotated[
         str | None,
         typer.Option(
             "--max-time", metavar="90m", help="Stop the sweep after so long; it can go on later.", show_default=False
         ),
-    ] = None,
+    ] = None
     max_tokens: Annotated[
         int | None,
         typer.Option("--max-tokens", metavar="N", help="... after so many tokens over all trials.", show_default=False),
-    ] = None,
+    ] = None
     max_gpu_hours: Annotated[
         float | None,
         typer.Option("--max-gpu-hours", metavar="X", help="... after so many GPU-hours.", show_default=False),
-    ] = None,
+    ] = None
     then_train: Annotated[
         bool, typer.Option("--then-train", help="Train the winner at the preset's full budget afterwards.")
-    ] = False,
+    ] = False
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew as NAME-2 beside a sweep of that name.")] = False
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show Ray's own log lines too.")] = False
+    json: options.Json = False
+
+    def request(self, runs_dir: Path) -> SweepRequest:
+        """What they ask for in that folder. Raises UserError."""
+        from orchestrator.experiment import confined
+        from orchestrator.sweeps.sweep import SweepRequest
+        from trainers.errors import UserError
+
+        if self.name is not None:
+            confined(runs_dir, self.name)
+        for option, count in (("concurrent", self.concurrent), ("max-tokens", self.max_tokens)):
+            if count is not None:
+                _refuse_below_1(option, count)
+        for option, amount in (("gpus-per-trial", self.gpus_per_trial), ("max-gpu-hours", self.max_gpu_hours)):
+            if amount is not None and not 0 < amount < float("inf"):
+                raise UserError(f"--{option} must be above 0, got {amount:g}.")
+        return SweepRequest(
+            runs_dir=runs_dir,
+            name=self.name,
+            concurrent=self.concurrent,
+            gpus_per_trial=self.gpus_per_trial,
+            max_seconds=None if self.max_time is None else seconds_of(self.max_time),
+            max_tokens=self.max_tokens,
+            max_gpu_hours=self.max_gpu_hours,
+            then_train=self.then_train,
+            fresh=self.fresh,
+            verbose=self.verbose,
+            json=self.json,
+        )
+
+
+@options.spread
+def tune(
+    target: options.TargetOptions,
+    searched: SpaceOptions,
+    search: SearchOptions,
+    limits: LimitOptions,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would do: trials, tokens, time. Leaves nothing behind.")
     ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew as NAME-2 beside a sweep of that name.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show Ray's own log lines too.")] = False,
-    json: options.Json = False,
 ) -> int:
     """Search learning rate, batch size, precision or any setting; ends with the command that uses the best.
 
@@ -139,74 +211,34 @@ def tune(
     The catalogued spaces: lr, lr_batch, lr_batch_precision, regularisation, schedule, depth_width, task_weights,
     phase_lengths. Exit codes: 0 done, 2 bad input, 3 no trial could train, 75 stopped and resumable.
     """
-    from orchestrator.experiment import confined
     from orchestrator.runs import check_runs_dir
     from orchestrator.sweeps.population import check_population
     from orchestrator.sweeps.settings import build_settings
-    from orchestrator.sweeps.slots import check_fits_here
-    from orchestrator.sweeps.sweep import SweepRequest
-    from trainers.errors import UserError
+    from orchestrator.sweeps.slots import check_fits_here, device_of
 
     chosen = target.resolve()
-    runs_dir = target.runs_dir.absolute()
-    if name is not None:
-        confined(runs_dir, name)
-    device = device_of(chosen.config)
-    found, space_name, taken_out = space_of(chosen.config, space, set_space or [], device)
-    for option, count in (("trials", trials), ("concurrent", concurrent), ("max-tokens", max_tokens)):
-        if count is not None and count < 1:
-            raise UserError(f"--{option} must be at least 1, got {count}.")
-    for option, amount in (("gpus-per-trial", gpus_per_trial), ("max-gpu-hours", max_gpu_hours)):
-        if amount is not None and not 0 < amount < float("inf"):
-            raise UserError(f"--{option} must be above 0, got {amount:g}.")
-    draft: dict[str, Any] = {
-        "space_name": space_name,
-        "searcher": searcher,
-        "scheduler": scheduler,
-        "trials": trials or (grid_size(found, grid_points) if searcher == "grid" else DEFAULT_TRIALS),
-        "grid_points": grid_points,
-        "seeds": seeds,
-        "seed": search_seed,
-        "objectives": tuple(_objective(text) for text in objective or ["val/loss"]),
-        "evaluations": evaluations,
-        "reduction": reduction,
-        "grace": grace,
-        "lr_rule": lr_rule,
-        "cpus_per_trial": cpus_per_trial,
-    }
-    request = SweepRequest(
-        runs_dir=runs_dir,
-        name=name,
-        concurrent=concurrent,
-        gpus_per_trial=gpus_per_trial,
-        max_seconds=None if max_time is None else seconds_of(max_time),
-        max_tokens=max_tokens,
-        max_gpu_hours=max_gpu_hours,
-        then_train=then_train,
-        fresh=fresh,
-        verbose=verbose,
-        json=json,
-    )
+    request = limits.request(target.runs_dir.absolute())
+    device = device_of(chosen.config, request)
+    space, space_name, taken_out = space_of(chosen.config, searched.space, searched.set_space or [], device)
+    draft = search.draft(space, space_name)
     # What can be told to be wrong without the text is said before it is read.
-    settings = build_settings(draft, found.to_json(), tokens=10**18)
+    settings = build_settings(draft, space.to_json(), tokens=10**18)
     if settings.scheduler == "pbt":
-        check_population(found, settings, chosen.config.workers)
+        check_population(space, settings, chosen.config.workers)
     check_fits_here(chosen.config.workers, settings.cpus_per_trial)
     if not dry_run:
-        check_runs_dir(runs_dir)
+        check_runs_dir(request.runs_dir)
     from orchestrator.sweeps import driver, rehearsal
 
     run = rehearsal.rehearse if dry_run else driver.tune
-    return run(chosen.config, draft, found, device, request, taken_out)
+    return run(chosen.config, draft, space, device, request, taken_out)
 
 
-def device_of(config: RunConfig) -> Any:
-    """What trials compute on: the configured device, or what this machine has."""
-    if config.device != "auto":
-        return config.device
-    from trainers.devices import resolve_device
+def _refuse_below_1(option: str, count: int) -> None:
+    from trainers.errors import UserError
 
-    return resolve_device("auto").type
+    if count < 1:
+        raise UserError(f"--{option} must be at least 1, got {count}.")
 
 
 def space_of(

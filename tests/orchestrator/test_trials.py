@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import shlex
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,26 +18,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator import target
+from orchestrator import launch, target
+from orchestrator.ending import show_closing
+from orchestrator.experiment import Request, settle
 from orchestrator.signals import StopSignals
-from orchestrator.sweeps.driver import SweepDriver, milestones_of
-from orchestrator.sweeps.full_training import full_run
-from orchestrator.sweeps.history import History
+from orchestrator.sweeps import full_training, slots
+from orchestrator.sweeps.driver import GPU_NOTED_S, SweepDriver, milestones_of
+from orchestrator.sweeps.full_training import full_run, train_winner
+from orchestrator.sweeps.history import History, Trial
 from orchestrator.sweeps.rehearsal import expected_tokens
 from orchestrator.sweeps.settings import SweepSettings, build_settings
-from orchestrator.sweeps.slots import slots_of
+from orchestrator.sweeps.slots import device_of, slots_of
 from orchestrator.sweeps.sweep import Sweep, SweepRequest, tokens_of_phases, total_steps_of, write_sweep
 from orchestrator.sweeps.table import SweepDisplay
-from orchestrator.sweeps.trials import in_tokens, run_of
+from orchestrator.sweeps.trials import SAVED_MINUTES, in_tokens, run_of
 from orchestrator.sweeps.winner import command_of, winning_run
 from orchestrator.target import Flags
 from orchestrator.verbs.sweeps import seconds_of
 from search_spaces.catalog import CATALOG, catalogued
 from search_spaces.space import Axis, Choice, Float, Space
+from trainers import devices
 from trainers.claim import Claim
 from trainers.config import RunConfig
 from trainers.config_io import build_config, dump_yaml, override
-from trainers.errors import ConfigError, UserError
+from trainers.errors import ConfigError, TrainingFailed, UserError
 from trainers.presets import PRESETS
 
 SPACE = Space((Axis("optim.lr", Float(1e-4, 1e-1, log=True)), Axis("batch.sequences", Choice((4, 8, 16)))))
@@ -165,7 +173,17 @@ def test_every_trial_is_judged_and_saved_alike() -> None:
         run = run_of(BASE, {"batch.sequences": batch}, settings(evaluations=5))
         assert run.evaluation.every_tokens == math.ceil(TOKENS / 5)
         assert (run.early_stopping.patience, run.optim.on_nonfinite, run.samples.count) == (0, "raise", 0)
-        assert run.checkpoint.at_evaluations
+
+
+def test_a_trial_saves_by_the_clock_whatever_its_preset_says() -> None:
+    """A trial of seconds saves at its end alone, and a kill costs a long one a minute."""
+    often = override(BASE, ["checkpoint.every_steps=1", "checkpoint.at_evaluations=true"])
+    for base in (BASE, often, override(BASE, ["checkpoint.every_minutes=null"])):
+        saving = run_of(base, {}, settings()).checkpoint
+        assert (saving.every_steps, saving.every_epochs, saving.at_evaluations) == (None, None, False)
+        assert (saving.every_minutes, saving.keep_last_n, saving.save_best) == (SAVED_MINUTES, 1, False)
+    sooner = run_of(override(BASE, ["checkpoint.every_minutes=0.1"]), {}, settings()).checkpoint
+    assert sooner.every_minutes == 0.1
 
 
 # ---- settings -----------------------------------------------------------------------------------------------
@@ -272,6 +290,41 @@ def test_slots_are_what_the_cluster_holds() -> None:
     assert slots_of(cluster(16, 2), sweep_of(device="cuda"), request).count == 2
     pair = slots_of(cluster(8), sweep_of(override(BASE, ["workers=2"])), request)
     assert (pair.count, pair.share["cpus"], pair.resources.get("CPU", 0)) == (4, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "device"),
+    [(0, {}, "cpu"), (2, {}, "cuda"), (1, {"gpus_per_trial": 0.25}, "cuda"), (1, {"gpus_per_trial": 2.0}, "cpu")],
+)
+def test_auto_is_what_there_is_where_the_trials_run(
+    gpus: int, options: dict[str, Any], device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the cluster that is joined, whatever this machine has; a sweep that was begun stays what it was."""
+    asked: list[int] = []
+
+    @contextmanager
+    def joined(workers: int, **_: Any) -> Iterator[Any]:
+        asked.append(workers)
+        yield cluster(8, gpus)
+
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
+    monkeypatch.setattr(slots, "ray_cluster", joined)
+    monkeypatch.setattr(devices, "resolve_device", lambda name: pytest.fail("this machine was asked"))
+    request = SweepRequest(tmp_path, name="begun", **options)
+    assert device_of(BASE, request) == device and asked == [1]
+    assert device_of(override(BASE, ["device=cuda"]), request) == "cuda"
+    (tmp_path / "begun").mkdir()
+    write_sweep(sweep_of(folder=tmp_path / "begun", device="mps"))
+    assert device_of(BASE, request) == "mps" and asked == [1]
+    assert device_of(BASE, replace(request, fresh=True)) == device and asked == [1, 1]
+
+
+def test_without_a_cluster_auto_is_what_this_machine_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control of the above."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(slots, "ray_cluster", lambda *_, **__: pytest.fail("a cluster was asked"))
+    monkeypatch.setattr(devices, "resolve_device", lambda name: SimpleNamespace(type="cuda"))
+    assert device_of(BASE, SweepRequest(tmp_path)) == "cuda"
 
 
 @pytest.mark.parametrize(
@@ -404,3 +457,70 @@ def test_gpu_hours_are_what_was_held(tmp_path: Path) -> None:
         assert spent(1.76) is None
         used_up = spent(1.74)
     assert used_up is not None and "--max-gpu-hours is used up (1.75)" in used_up
+
+
+def test_gpu_hours_of_a_killed_driver_count(tmp_path: Path) -> None:
+    """All but what it has held since it last noted them."""
+    sweep = sweep_of(folder=tmp_path)
+    write_sweep(sweep)
+    with Claim.acquire(tmp_path) as claim:
+
+        def driver() -> SweepDriver:
+            return SweepDriver(
+                sweep, prepared(1), SweepRequest(tmp_path), claim, StopSignals(), SweepDisplay(json=True)
+            )
+
+        killed = driver()
+        for seconds in (600.0, 600.0, 1.0):  # of two GPUs; by the clock it notes once in a while
+            killed._looked = time.monotonic() - seconds
+            killed._gpu_noted -= seconds
+            killed._count_gpu_time(2.0)
+        assert 2400 <= driver()._gpu_s < 2400 + 2 * GPU_NOTED_S < 2 * killed._gpu_s
+        killed._looked = killed._gpu_noted = time.monotonic() - 3600
+        killed._count_gpu_time(0.0)  # nothing was held: nothing is written
+        assert driver()._gpu_s < 2500
+
+
+# ---- the winner at full budget ------------------------------------------------------------------------------
+
+
+def test_a_sweep_and_the_training_of_its_winner_are_one_json_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However the training ends, and without it the document of the sweep is there all the same."""
+    found = {"sweep": "s", "points": []}
+
+    def trained(config: RunConfig, asked: Request) -> int:
+        show_closing(settle(config, asked, ()), asked, 1.0, ())
+        return 75
+
+    def failed(config: RunConfig, asked: Request) -> int:
+        raise TrainingFailed("it diverged")
+
+    monkeypatch.setattr(full_training, "data_hashes", lambda *_: ())
+    request = SweepRequest(tmp_path, json=True)
+    told: list[Any] = []
+    for way, raised, document in ((trained, None, found), (trained, None, None), (failed, TrainingFailed, found)):
+        monkeypatch.setattr(launch, "train", way)
+        with contextlib.nullcontext() if raised is None else pytest.raises(raised):
+            code = train_winner(sweep_of(), Trial(3, {}), GIVEN, prepared(10_000), request, document)
+            assert code == 75
+        told.append(json.loads(capsys.readouterr().out))
+    assert told[0] == {**found, "training": told[1]} and told[1]["name"] == "s-best"
+    assert told[2] == found
+    (tmp_path / "s-best").mkdir()
+    (tmp_path / "s-best" / "identity.json").write_text(json.dumps({"fingerprint": "f", "fields": {}}))
+    with pytest.raises(ConfigError, match="the sweep is done, and its winner, t0003, cannot train as s-best"):
+        train_winner(sweep_of(), Trial(3, {}), GIVEN, prepared(10_000), request, found)
+    assert json.loads(capsys.readouterr().out) == found
+
+
+def test_the_document_waits_for_the_end_and_is_printed_whatever_that_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(TrainingFailed), SweepDisplay(json=True) as display:
+        display.document = {"sweep": "s"}
+        assert capsys.readouterr().out == ""
+        raise TrainingFailed("no trial was completed")
+    assert json.loads(capsys.readouterr().out) == {"sweep": "s"}
+    with SweepDisplay(json=True) as display:
+        pass
+    assert capsys.readouterr().out == ""
