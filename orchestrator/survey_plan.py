@@ -25,6 +25,7 @@ from orchestrator.plan import (
     warmups_beyond_epochs,
 )
 from orchestrator.runs import check_runs_dir, nearest_folder
+from search_spaces.precisions import precision_of
 from trainers.config import BudgetConfig, RunConfig, ScheduleConfig
 
 if TYPE_CHECKING:
@@ -54,12 +55,12 @@ def survey_plan(config: RunConfig, runs_dir: Path) -> PlanReport:
     """The plan of a run, from a look at its data. Raises UserError for whatever training would refuse."""
     check_runs_dir(runs_dir)
     from trainers.data.prepare import survey
-    from trainers.devices import check_precision, resolve_device
+    from trainers.devices import check_machine, resolve_device
     from trainers.initial import initial_hash
     from trainers.models import parameter_count
 
     device = resolve_device(config.device)
-    check_precision(config.precision, device)
+    check_machine(config, device)
     initial_hash(config)
     found = survey(config)
     parameters = parameter_count(config.model, found.vocab_size)
@@ -128,7 +129,7 @@ def _model_rows(report: PlanReport) -> Iterator[tuple[str, RenderableType]]:
     optim = config.optim
     yield "optimizer", f"{optim.name}, lr {optim.lr:g}, {_schedule(config.schedule)}"
     workers = f"{config.workers} worker{'s' if config.workers > 1 else ''}"
-    yield "compute", f"{workers} on {report.device}, {config.precision.compute}, seed {config.seed}"
+    yield "compute", f"{workers} on {report.device}, {precision_of(config)}, seed {config.seed}"
 
 
 def _schedule(schedule: ScheduleConfig) -> str:

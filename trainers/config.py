@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from trainers.compatibility import conflicts
 from trainers.config_data import DataConfig, SourceConfig, SplitConfig, TokenizerConfig
 from trainers.config_fields import NAME_PATTERN, Frozen, PositiveInt
 from trainers.config_model import ModelConfig, ModelSwitches
@@ -196,6 +197,14 @@ class RunConfig(Frozen):
                 "precision.compute=fp16 on device=cpu is about 30 times slower than fp32 (a CPU has no fp16 "
                 "arithmetic): set precision.compute=fp32 or bf16, or device=cuda."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _precision_fits_together(self) -> RunConfig:
+        optims = [self.optim, *(phase.optim for phase in self.phases if phase.optim is not None)]
+        found = conflicts(self.precision, optims, device=self.device, init_from=self.init_from)
+        if found:
+            raise ValueError("\n".join(found))
         return self
 
     @model_validator(mode="after")

@@ -15,12 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainers.adapters import kept_parameters
 from trainers.config import OptimConfig, PrecisionConfig
 from trainers.devices import set_determinism
 from trainers.errors import CheckpointError, ConfigError
 from trainers.gradient_sync import data_parallel
 from trainers.incidents import DeviceIncidents, HostIncidents
-from trainers.optim import build_optimizer, parameter_groups
+from trainers.optim import build_optimizer, heeds_found_inf, parameter_groups, state_tensors
 from trainers.precision import LossScaler, autocast
 
 NamedTensors = dict[str, Tensor]
@@ -50,7 +51,7 @@ class TorchEngine:
     a bad loss makes its gradients NaN, the all-reduce carries those to every rank, so every rank finds the same norm.
     Under fp16 a finite loss whose gradients overflow is no incident: it halves the loss scale.
     On the CPU (and MPS) the host decides. On CUDA the fused optimizer decides on the device and the host never waits
-    for it; only rmsprop, which has no fused kernel, waits at every update.
+    for it; optimizers without a fused kernel (rmsprop, those of bitsandbytes) wait at every update.
     """
 
     def __init__(
@@ -88,10 +89,10 @@ class TorchEngine:
         # in the order of model.parameters(), as a plain loop would clip them: the order is part of the norm's bits
         self._parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         # Walking the modules takes longer than copying small ones, and a save should not.
-        self._named = list(self.module.named_parameters())
+        self._named = kept_parameters(self.module)
         self._buffers = self.module.state_dict().keys() & {name for name, _ in self.module.named_buffers()}
         self._names = {id(parameter): name for name, parameter in self._named}
-        self.optimizer = build_optimizer(groups, optim, self.device)
+        self.optimizer = build_optimizer(groups, optim, self.device, self.precision)
 
     # ---- a step ---------------------------------------------------------------------------------
 
@@ -154,7 +155,7 @@ class TorchEngine:
 
     def _step_on_device(self, norm: Tensor) -> Tensor:
         skipped = ~torch.isfinite(norm)
-        if self._optim.name == "rmsprop":
+        if not heeds_found_inf(self.optimizer):
             if not bool(skipped):
                 self.optimizer.step()
         else:  # the fused kernels leave everything as it is where found_inf is 1, as under torch.amp.GradScaler
@@ -202,7 +203,8 @@ class TorchEngine:
     # ---- state ----------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, NamedTensors]:
-        """`model`: parameters (tied ones once) and persistent buffers; `optimizer`: `exp_avg/<parameter>` and so on.
+        """`model`: parameters (tied ones once; of a model with adapters those alone) and persistent buffers;
+        `optimizer`: `exp_avg/<parameter>` and so on.
 
         Live storage, no copies; the same on every rank.
         """
@@ -214,11 +216,7 @@ class TorchEngine:
         return {name: tensor.detach() for name, tensor in chain(self._named, kept)}
 
     def _optimizer_tensors(self) -> NamedTensors:
-        return {
-            f"{kind}/{self._names[id(parameter)]}": tensor
-            for parameter, state in self.optimizer.state.items()
-            for kind, tensor in state.items()
-        }
+        return state_tensors(self.optimizer, self._names)
 
     def state(self) -> dict[str, Any]:
         """JSON: what continues besides the tensors; waits for the device."""

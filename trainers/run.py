@@ -13,6 +13,8 @@ from typing import cast
 import torch
 from torch import nn
 
+from trainers.base_weights import base_checkpoint, check_base, identified, keep_base
+from trainers.census import Census, take_census
 from trainers.checkpoint import Checkpoint, CheckpointStore
 from trainers.collective import collective
 from trainers.config import ModelConfig, RunConfig
@@ -20,7 +22,7 @@ from trainers.context import GIVEN_UP, RunContext
 from trainers.data.prepare import prepare
 from trainers.data.tokenizers import save_once
 from trainers.data.types import Batch
-from trainers.devices import check_precision, resolve_device
+from trainers.devices import check_machine, resolve_device, set_tf32
 from trainers.diagnosis import account
 from trainers.engine import TorchEngine, Update
 from trainers.environment import environment, explain_difference
@@ -37,6 +39,7 @@ from trainers.record import MetricsRecord
 from trainers.samples import write_samples
 from trainers.seeds import restore_rng, rng_tensors, seed_everything, stream_seed
 from trainers.streams import Streams
+from trainers.weights import prepare_weights
 
 State = dict[str, torch.Tensor]
 
@@ -54,14 +57,18 @@ class Run:
         self.progress = Progress()
 
         self.device = resolve_device(config.device, ctx.local_rank)
-        check_precision(config.precision, self.device)
+        check_machine(config, self.device)
         if self.device.type == "cuda":
+            set_tf32(config.precision.tf32)
             torch.cuda.set_device(self.device)
         self.peers = collective(ctx.world_size)
 
         self.data = prepare(config, ctx.cache_dir, run_dir=ctx.run_dir)
+        adapts = config.precision.adapter_rank > 0
+        self._base = base_checkpoint(ctx.run_dir, config.init_from) if adapts else None
         torch.manual_seed(stream_seed(config.seed, "model"))
         self.model = build(config.model, self.data.tokenizer.vocab_size)
+        prepare_weights(self.model, config.precision, self._base)
         seed_everything(config.seed, ctx.rank)
         self.objective = build_objective(config, self.phases[0])
         self.engine = TorchEngine(
@@ -94,6 +101,7 @@ class Run:
             "model": config.model.model_dump(),
             "vocab_size": config.model.vocab_size or self.data.tokenizer.vocab_size,
             "tokenizer": self.data.tokenizer.fingerprint,
+            **({"base": identified(self._base)} if self._base else {}),
         }
         self._resumed_in_phase: Checkpoint | None = None
         self._last_save = time.monotonic()
@@ -105,6 +113,8 @@ class Run:
         """Go back to the newest sound checkpoint, or start from `init_from`, or from scratch."""
         if self.rank == 0:
             self.store.prune_staging()
+            if self._base is not None:
+                keep_base(self._base, self.ctx.run_dir)
         newest = self.store.latest() if self.rank == 0 else None
         step = self.peers.from_first(newest.step if newest else None)
         checkpoint = newest if self.rank == 0 else (self.store.at(step) if step is not None else None)
@@ -129,6 +139,8 @@ class Run:
                 f"{checkpoint.path} was trained with another tokenizer than the one its text gives now: its ids would "
                 f"mean other text. Restore the package versions of its config (MLflow's version.* tags), or start anew."
             )
+        if self._base is not None:
+            check_base(meta.get("base"), self._base, checkpoint.path)
         self.progress = Progress.from_json(meta["progress"])
         for sentence in explain_difference(meta["environment"], self._environment):
             self.ctx.note(sentence)
@@ -150,6 +162,8 @@ class Run:
         """Weights of a finished run; everything else is new."""
         if self.rank == 0 and (unknown := self.data.report["tokenizer"].get("unknown")):
             self.ctx.note(unknown)
+        if self._base is not None:  # the weights are there, under the adapters
+            return
         source = initial_checkpoint(run_dir)
         self.engine.load({"model": source.load("model")}, {}, optimizer=False)
 
@@ -215,6 +229,16 @@ class Run:
         if run_of_them >= policy.nonfinite_limit:
             raise NonFinite(f"{what}, {run_of_them} in a row.{where} The last good checkpoint stands; lower optim.lr.")
         return "nonfinite" if policy.on_nonfinite == "stop" else None
+
+    def take_census(self) -> Census:
+        """What the tensors are, to be asked for between the backward and the update."""
+        return take_census(self.model, self.engine.optimizer)
+
+    def tell_census(self, phase: ActivePhase, census: Census) -> None:
+        """Print and record it."""
+        self._write(phase, census.metrics())
+        if self.rank == 0:
+            self.ctx.note(census.sentences(self.config.precision, phase.spec.optim))
 
     def log_step(self, phase: ActivePhase, loss: torch.Tensor, targets: int, lr: float, update: Update) -> None:
         """Write this step's training metrics (waits for the device: only on logging steps)."""
