@@ -9,6 +9,7 @@ from orchestrator.plan import BYTES_PER_VALUE
 from orchestrator.presets_table import closed_form_parameters
 from trainers.compatibility import check_packages
 from trainers.config import PrecisionConfig, RunConfig
+from trainers.deepspeed_config import check_deepspeed
 from trainers.errors import UserError
 
 
@@ -17,6 +18,7 @@ def check_device(config: RunConfig) -> None:
     if os.environ.get("RAY_ADDRESS"):
         return
     check_packages(config.precision, [phase.optim for phase in config.resolved_phases()])
+    check_deepspeed(config, "cpu" if config.device == "auto" else config.device)
     if config.precision == PrecisionConfig() and config.device in ("auto", "cpu"):
         return  # certain, without importing torch
     from trainers.devices import check_precision, resolve_device

@@ -35,7 +35,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         *("orchestrator/ray_cluster.py", "orchestrator/ray_trainer.py", "orchestrator/worker.py"),
         *("orchestrator/sweeps/tuning.py", "cluster/"),
     ),
-    "deepspeed": ("trainers/deepspeed_engine.py",),
+    "deepspeed": ("trainers/deepspeed_engine.py", "trainers/deepspeed_state.py"),
     "bitsandbytes": ("trainers/optim_8bit.py", "trainers/nf4.py"),
     "peft": ("trainers/adapters.py",),
 }
@@ -43,8 +43,8 @@ DOORS: dict[str, tuple[str, ...]] = {
 OPTIONAL = {"tokenizers", "sentencepiece", "datasets", "pyarrow", "zstandard", "deepspeed", "bitsandbytes", "peft"}
 # no torch and no numpy: valid or invalid alike on every machine, in milliseconds
 PLAIN = (
-    "compatibility",
-    *("config", "config_fields", "config_model", "config_data", "config_training", "config_io", "config_paths"),
+    *("compatibility", "config", "config_engine", "config_fields", "config_model", "config_data", "config_training"),
+    *("config_io", "config_paths", "deepspeed_config"),
     *("yaml12", "presets", "guide", "guide_words"),
     *("budget", "schedules", "identity", "errors"),
 )

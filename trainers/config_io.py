@@ -21,7 +21,9 @@ from trainers.errors import ConfigError
 FINGERPRINT_VERSION = 1  # raise it when the same fields come to mean another result
 
 # What does not change the weights. Corpora count by their content (`data_hashes`), wherever they lie.
-NOT_FINGERPRINTED = re.compile(r"preset|(logging|checkpoint|samples)\..+|(phases\.\d+\.)?data\.sources\.\d+\.corpus")
+NOT_FINGERPRINTED = re.compile(
+    r"preset|workers|engine|parallel|(deepspeed|logging|checkpoint|samples)\..+|(phases\.\d+\.)?data\.sources\.\d+\.corpus"
+)
 
 # Fields younger than runs that may go on: at these values they change nothing, and count only at others.
 ADDED: dict[str, Any] = {

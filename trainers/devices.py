@@ -8,6 +8,7 @@ import torch
 
 from trainers.compatibility import check_packages
 from trainers.config import PrecisionConfig, RunConfig
+from trainers.deepspeed_config import check_deepspeed
 from trainers.errors import ConfigError, UserError
 
 
@@ -47,6 +48,7 @@ def check_machine(config: RunConfig, device: torch.device | str) -> None:
     """Refuse a precision that `device` cannot do or that needs a package this machine lacks: ConfigError."""
     check_precision(config.precision, device)
     check_packages(config.precision, [phase.optim for phase in config.resolved_phases()])
+    check_deepspeed(config, device if isinstance(device, str) else device.type)
 
 
 def check_precision(precision: PrecisionConfig, device: torch.device | str) -> None:

@@ -23,6 +23,7 @@ from trainers.gradient_sync import data_parallel
 from trainers.incidents import DeviceIncidents, HostIncidents
 from trainers.optim import build_optimizer, heeds_found_inf, parameter_groups, state_tensors
 from trainers.precision import LossScaler, autocast
+from trainers.shards import Shards
 
 NamedTensors = dict[str, Tensor]
 
@@ -38,7 +39,7 @@ class Update:
 
 
 class TorchEngine:
-    """A model, its optimizer and, with several workers, DistributedDataParallel.
+    """A model, its optimizer and, with several workers, DistributedDataParallel, or FSDP2 where it is `sharded`.
 
     A step is some micro-batches and one update:
 
@@ -64,16 +65,18 @@ class TorchEngine:
         world_size: int,
         compile: bool,
         deterministic: bool,
+        sharded: bool = False,
     ) -> None:
         set_determinism(deterministic)
         self.module = model
-        """the bare model: its state, evaluation, generation"""
+        """the bare model: its state; `whole` is for evaluation and generation"""
         self.device = device
         self.world_size = world_size
         self.precision = precision
         self.scaler = LossScaler(device) if precision.compute == "fp16" else None
         self._bad_loss = torch.tensor(False, device=device)  # of any micro-batch since the last update; fp16 only
-        self._ddp = data_parallel(model, device) if world_size > 1 else None
+        self._shards = Shards(model) if sharded and world_size > 1 else None
+        self._ddp = data_parallel(model, device) if world_size > 1 and not sharded else None
         self._forward: nn.Module = self._ddp or model
         if compile:
             self._forward = cast(nn.Module, torch.compile(self._forward))
@@ -94,12 +97,17 @@ class TorchEngine:
         self._names = {id(parameter): name for name, parameter in self._named}
         self.optimizer = build_optimizer(groups, optim, self.device, self.precision)
 
+    def close(self) -> None:
+        """Nothing to let go of."""
+
     # ---- a step ---------------------------------------------------------------------------------
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[nn.Module]:
         """The module to call for one forward; ranks exchange gradients only in the backward of the `last`."""
         quiet = nullcontext() if self._ddp is None or last else self._ddp.no_sync()
+        if self._shards is not None:
+            self._shards.exchange(last)
         with quiet, autocast(self.precision, self.device):
             yield self._forward
 
@@ -111,8 +119,7 @@ class TorchEngine:
         targets) / step_targets however they were spread. With one rank this is total / step_targets, whose gradient
         has the bits of F.cross_entropy(..., reduction="mean").
         """
-        assert step_targets > 0, "a step without a single scored target"
-        return total / (step_targets / self.world_size)
+        return rank_part(total, step_targets, self.world_size)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`; to be called inside micro_batch. A non-finite loss makes them NaN."""
@@ -142,8 +149,10 @@ class TorchEngine:
     def _clip(self, gradients: list[Tensor]) -> Tensor:
         limit = self._optim.clip_norm
         if limit is None:
-            return torch.nn.utils.get_total_norm(gradients)
-        return torch.nn.utils.clip_grad_norm_(self._parameters, limit)
+            norm = torch.nn.utils.get_total_norm(gradients)
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit)
+        return norm if self._shards is None else self._shards.gathered(norm)
 
     def _step_on_host(self, norm: Tensor) -> bool:
         left_out = ~torch.isfinite(norm)
@@ -202,13 +211,24 @@ class TorchEngine:
 
     # ---- state ----------------------------------------------------------------------------------
 
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        """A plain module with all weights on this rank, for any use; a collective to enter."""
+        if self._shards is None:
+            yield self.module
+            return
+        with self._shards.whole() as module:
+            yield module
+
     def tensors(self) -> dict[str, NamedTensors]:
         """`model`: parameters (tied ones once; of a model with adapters those alone) and persistent buffers;
         `optimizer`: `exp_avg/<parameter>` and so on.
 
-        Live storage, no copies; the same on every rank.
+        Live storage, no copies, the same on every rank; of shards whole copies on the CPU of rank 0, nothing on the
+        others. Every rank calls it.
         """
-        return {"model": self._model_tensors(), "optimizer": self._optimizer_tensors()}
+        own = {"model": self._model_tensors(), "optimizer": self._optimizer_tensors()}
+        return own if self._shards is None else self._shards.collected(own)
 
     def _model_tensors(self) -> NamedTensors:
         buffers = self.module.named_buffers() if self._buffers else ()
@@ -228,21 +248,24 @@ class TorchEngine:
         Call begin_phase with the phase's settings first. Raises CheckpointError, naming the tensors, where names,
         shapes or types differ; then nothing was changed.
         """
-        copies = _pairs("model", files["model"], self._model_tensors())
+        copies = matched("model", files["model"], self._model_tensors())
         if optimizer:
-            copies += _pairs("optimizer", files["optimizer"], self._optimizer_tensors())
+            copies += matched("optimizer", files["optimizer"], self._optimizer_tensors())
             self.incidents.load(state["incidents"])
             if self.scaler is not None and state["scaler"] is not None:
                 self.scaler.load(state["scaler"])
         with torch.no_grad():
             for target, source in copies:
-                target.copy_(source)
+                if self._shards is None:
+                    target.copy_(source)
+                else:
+                    self._shards.put(target, source)
         self.optimizer.zero_grad(set_to_none=True)
 
     def begin_phase(self, optim: OptimConfig, *, keep_optimizer: bool) -> None:
         """New optimizer settings; moments start from zero unless kept. ConfigError where they cannot be kept."""
         before, kept = self._optim, self._optimizer_tensors()
-        if keep_optimizer and (before.name, bool(before.momentum)) != (optim.name, bool(optim.momentum)):
+        if keep_optimizer and not same_optimizer(before, optim):
             raise ConfigError(
                 f"hand_over=optimizer needs the same optimizer in both phases, but the phase before used "
                 f"optim.name={before.name} (momentum {before.momentum:g}) and this one {optim.name} "
@@ -250,11 +273,22 @@ class TorchEngine:
             )
         self._use(optim)
         if keep_optimizer:
-            for target, source in _pairs("optimizer", kept, self._optimizer_tensors()):
+            for target, source in matched("optimizer", kept, self._optimizer_tensors()):
                 target.copy_(source)
 
 
-def _pairs(what: str, given: Mapping[str, Tensor], own: NamedTensors) -> list[tuple[Tensor, Tensor]]:
+def rank_part(total: Tensor, step_targets: int, world_size: int) -> Tensor:
+    """A micro-batch's summed loss as this rank's part of the step's mean per target, times the ranks."""
+    assert step_targets > 0, "a step without a single scored target"
+    return total / (step_targets / world_size)
+
+
+def same_optimizer(one: OptimConfig, other: OptimConfig) -> bool:
+    """Whether both keep the same state."""
+    return (one.name, bool(one.momentum)) == (other.name, bool(other.momentum))
+
+
+def matched(what: str, given: Mapping[str, Tensor], own: NamedTensors) -> list[tuple[Tensor, Tensor]]:
     """(own tensor, given tensor) by name; CheckpointError where the two sets do not match."""
     missing, unknown = own.keys() - given.keys(), given.keys() - own.keys()
     problems = [f"{name} is missing" for name in sorted(missing)] + [f"{name} is unknown" for name in sorted(unknown)]

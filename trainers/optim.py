@@ -106,9 +106,8 @@ def _fresh_state(parameter: nn.Parameter, optim: OptimConfig, *, fused: bool) ->
         names, counts = ["momentum_buffer"] if optim.momentum else [], False
     else:
         names, counts = ["square_avg", "momentum_buffer"] if optim.momentum else ["square_avg"], True
-    state = {  # fp32 also under bf16 weights
-        name: torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.preserve_format) for name in names
-    }
+    wide = torch.promote_types(parameter.dtype, torch.float32)  # also under bf16 weights
+    state = {name: torch.zeros_like(parameter, dtype=wide, memory_format=torch.preserve_format) for name in names}
     if counts:  # fused kernels count on the device, the others on the host, where float32 counts to 2**24 exactly
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu")
     return state

@@ -24,7 +24,8 @@ from trainers.data.tokenizers import save_once
 from trainers.data.types import Batch
 from trainers.devices import check_machine, resolve_device, set_tf32
 from trainers.diagnosis import account
-from trainers.engine import TorchEngine, Update
+from trainers.engine import Update
+from trainers.engines import build_engine, engine_name
 from trainers.environment import environment, explain_difference
 from trainers.errors import CheckpointError, NonFinite
 from trainers.evaluate import evaluate
@@ -38,7 +39,7 @@ from trainers.progress import Outcome, Progress
 from trainers.record import MetricsRecord
 from trainers.samples import write_samples
 from trainers.seeds import restore_rng, rng_tensors, seed_everything, stream_seed
-from trainers.streams import Streams
+from trainers.streams import Streams, carries_streams
 from trainers.weights import prepare_weights
 
 State = dict[str, torch.Tensor]
@@ -71,15 +72,7 @@ class Run:
         prepare_weights(self.model, config.precision, self._base)
         seed_everything(config.seed, ctx.rank)
         self.objective = build_objective(config, self.phases[0])
-        self.engine = TorchEngine(
-            self.model.to(self.device),
-            optim=self.phases[0].optim,
-            precision=config.precision,
-            device=self.device,
-            world_size=ctx.world_size,
-            compile=config.compile,
-            deterministic=config.deterministic,
-        )
+        self.engine = build_engine(config, self.model.to(self.device), self.device, ctx.world_size)
         self.streams = Streams(
             cast(LanguageModel, self.model), config.micro_sequences, config.accumulation, self.device
         )
@@ -95,7 +88,7 @@ class Run:
             before_commit=self._sync_record,
         )
         self.record: MetricsRecord | None = None
-        self._environment = environment(self.device, ctx.world_size, config.compile)
+        self._environment = environment(self.device, ctx.world_size, config.compile, engine_name(config))
         self._constant_meta = {
             "environment": self._environment,
             "model": config.model.model_dump(),
@@ -147,16 +140,25 @@ class Run:
         self.engine.begin_phase(self.phases[self.progress.phase].optim, keep_optimizer=False)
         files = {stem: checkpoint.load(stem) for stem in ("model", "optimizer")}
         self.engine.load(files, meta["engine"], optimizer=True)
-        own = f"rank-{self.rank:05d}"
-        if own not in checkpoint.stems:
-            raise CheckpointError(
-                f"{checkpoint.path} was written by fewer workers than the {self.ctx.world_size} now at work: "
-                f"start it with the same --workers, or begin another run with --init-from."
-            )
-        tensors = checkpoint.load(own)
-        restore_rng(tensors)
-        self.streams.load(tensors)
+        self._restore_own(checkpoint)
         self._resumed_in_phase = checkpoint
+
+    def _restore_own(self, checkpoint: Checkpoint) -> None:
+        """This rank's generators and streams; a rank that there was not keeps the generators it was seeded with.
+
+        Raises CheckpointError where another number of workers would have to share out streams that rows go on from.
+        """
+        if checkpoint.world_size != self.ctx.world_size and carries_streams(checkpoint.load("rank-00000")):
+            raise CheckpointError(
+                f"{checkpoint.path} holds the runtime state of the rows of {checkpoint.world_size} workers, which "
+                f"{self.ctx.world_size} cannot share out: start it with --workers {checkpoint.world_size}, or begin "
+                f"another run with --init-from."
+            )
+        own = f"rank-{self.rank:05d}"
+        if own in checkpoint.stems:
+            tensors = checkpoint.load(own)
+            restore_rng(tensors)
+            self.streams.load(tensors)
 
     def _start_from(self, run_dir: Path) -> None:
         """Weights of a finished run; everything else is new."""
@@ -259,9 +261,13 @@ class Run:
             return self._evaluate(phase)
 
     def _evaluate(self, phase: ActivePhase) -> bool:
+        with self.engine.whole() as model:
+            return self._evaluate_with(model, phase)
+
+    def _evaluate_with(self, model: nn.Module, phase: ActivePhase) -> bool:
         started = time.perf_counter()
         metrics = evaluate(
-            self.engine.module,
+            model,
             phase.data.validation,
             sequence_length=self.config.sequence_length,
             rows=EVALUATION_ROWS,
@@ -280,7 +286,7 @@ class Run:
             write_samples(
                 self.config.samples,
                 self.config.seed,
-                self.model,
+                model,
                 self.data.tokenizer,
                 phase.data.validation,
                 self.ctx.run_dir / "samples" / f"step-{self.progress.step:08d}.json",
@@ -315,7 +321,8 @@ class Run:
     def _files(self) -> dict[str, State]:
         """What this rank puts into a checkpoint: live tensors by file and name."""
         own = {f"rank-{self.rank:05d}": {**rng_tensors(), **self.streams.tensors()}}
-        return {**self.engine.tensors(), **own} if self.rank == 0 else own
+        whole = self.engine.tensors()  # on every rank: they may have to gather it
+        return {**whole, **own} if self.rank == 0 else own
 
     def _sync_record(self) -> None:
         """Rows up to a checkpoint cannot be replayed after it: durable first."""
@@ -359,6 +366,7 @@ class Run:
         self.store.close()
         if self.record is not None:
             self.record.close()
+        self.engine.close()
 
     def to_device(self, batch: Batch) -> Batch:
         if self.device.type == "cpu":
