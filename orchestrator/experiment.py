@@ -23,6 +23,7 @@ from trainers.identity import (
     refuse_more_after_early_stopping,
     refuse_rewritten_past,
     stored_identity,
+    with_micro_batch_of,
 )
 from trainers.initial import initial_hash
 
@@ -43,6 +44,10 @@ class Request:
     fresh: bool = False
     verbose: bool = False
     json: bool = False
+    memory_limit: int | None = None
+    """bytes that each worker may take; None: whatever there is"""
+    shrinks: bool = False
+    """a run that runs out of memory goes on with smaller micro-batches"""
 
 
 @dataclass(frozen=True)
@@ -97,9 +102,12 @@ def settle(config: RunConfig, request: Request, data_hashes: tuple[str, ...]) ->
     experiment = Experiment(name, run_dir, config, digest, fields, stored is not None, False, tuple(taken))
     if stored is None or stored["fingerprint"] == digest:
         return experiment
-    if only_more_budget(stored["fields"], fields):
+    before = with_micro_batch_of(stored["fields"], fields)
+    if before == fields:
+        return experiment
+    if only_more_budget(before, fields):
         refuse_more_after_early_stopping(name, experiment.outcome, f"--init-from {name}")
-        refuse_rewritten_past(config, stored["fields"], fields)
+        refuse_rewritten_past(config, before, fields)
         return replace(experiment, extended=True)
     changed = "\n  ".join(differences(stored["fields"], fields))
     raise ConfigError(

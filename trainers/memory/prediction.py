@@ -63,7 +63,7 @@ class Components:
 
 @dataclass(frozen=True)
 class Footprint:
-    """One worker of a run, on one kind of device."""
+    """One worker of a run, on one kind of device: the first one, which gathers what is saved."""
 
     config: RunConfig
     phase: Phase
@@ -106,9 +106,16 @@ class Footprint:
     @cached_property
     def _standing(self) -> Components:
         snapshot = self.structure.snapshot_bytes(self.phase.optim, self.words) if self.device != "cuda" else 0
-        if self.config.parallel == "fsdp":  # each worker writes its own part
-            snapshot = math.ceil(snapshot / self.config.workers)
         return Components(self.state.weights, 0, self.state.optimizer, 0, 0, 0, 0, snapshot, 0, "update")
+
+    @cached_property
+    def _updating(self) -> int:
+        return update_bytes(self.phase.optim, self.words, self.structure.trained(self.words))
+
+    @cached_property
+    def _gradient_share(self) -> float:
+        """Of the gradients as the timeline has them, what this worker's engine holds."""
+        return self.state.gradients / self.structure.state_bytes(self.phase.optim, self.words).gradients
 
     @cached_property
     def _gathered(self) -> int:
@@ -127,10 +134,9 @@ class Footprint:
         standing = accumulation > 1 or self.config.workers > 1
         living = self.timeline.peak(rows, self._layers, accumulates=standing)
         compiled = self.calibration.compiled if self.config.compile else 1.0
-        whole = self.structure.state_bytes(self.phase.optim, self.words).gradients  # as the timeline has them
         return replace(
             self._standing,
-            gradients=math.ceil(living[GRADIENTS] * self.state.gradients / whole),
+            gradients=math.ceil(living[GRADIENTS] * self._gradient_share),
             activations=math.ceil(living[ACTIVATIONS] * compiled),
             logits=math.ceil(living[LOGITS]),
             working=math.ceil(living[WORKING] * compiled) + self._gathered,
@@ -138,8 +144,7 @@ class Footprint:
         )
 
     def _update(self) -> Components:
-        working = update_bytes(self.phase.optim, self.words, self.structure.trained(self.words))
-        return replace(self._standing, gradients=self.state.gradients, working=working)
+        return replace(self._standing, gradients=self.state.gradients, working=self._updating)
 
     def _scoring(self) -> Components:
         config = self.config
