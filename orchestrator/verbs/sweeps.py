@@ -115,6 +115,15 @@ def tune(
         float | None,
         typer.Option("--max-gpu-hours", metavar="X", help="... after so many GPU-hours.", show_default=False),
     ] = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(
+            "--memory-limit",
+            metavar="SIZE",
+            help="Memory that each worker of a trial may take, such as 4GiB: what cannot fit is left out.",
+            show_default="its part of what is available",
+        ),
+    ] = None,
     then_train: Annotated[
         bool, typer.Option("--then-train", help="Train the winner at the preset's full budget afterwards.")
     ] = False,
@@ -140,6 +149,7 @@ def tune(
     phase_lengths. Exit codes: 0 done, 2 bad input, 3 no trial could train, 75 stopped and resumable.
     """
     from orchestrator.experiment import confined
+    from orchestrator.memory_limit import parse_size
     from orchestrator.runs import check_runs_dir
     from orchestrator.sweeps.population import check_population
     from orchestrator.sweeps.settings import build_settings
@@ -186,6 +196,7 @@ def tune(
         fresh=fresh,
         verbose=verbose,
         json=json,
+        memory_limit=None if memory_limit is None else parse_size(memory_limit, "--memory-limit"),
     )
     # What can be told to be wrong without the text is said before it is read.
     settings = build_settings(draft, found.to_json(), tokens=10**18)
