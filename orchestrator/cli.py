@@ -47,6 +47,7 @@ VERBS: tuple[Callable[..., int], ...] = (
     report.report,
     finders.find_lr,
     finders.find_batch,
+    finders.bench,
     text.generate,
     text.evaluate,
     adapters.merge,

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from orchestrator.target import Flags, Target
     from orchestrator.tracking import EndState, Store
 
-Kind = Literal["find-lr", "find-batch"]
+Kind = Literal["find-lr", "find-batch", "bench"]
 FOLDER = ".find"
 
 
