@@ -63,6 +63,8 @@ class Experiment:
     """the folder already holds this run"""
     extended: bool
     """its budget was raised"""
+    stood_as: str | None = None
+    """the fingerprint of the run that goes on with another micro-batch"""
     passed_over: tuple[Path, ...] = ()
     """folders of runs of this name that --fresh leaves as they are"""
 
@@ -99,12 +101,12 @@ def settle(config: RunConfig, request: Request, data_hashes: tuple[str, ...]) ->
         raise ConfigError(f"{name!r} is the name of a sweep. Give the run another --name.")
     _refuse_other_than_folders(run_dir)
     stored = stored_identity(run_dir, "move it away or choose another --name.")
-    experiment = Experiment(name, run_dir, config, digest, fields, stored is not None, False, tuple(taken))
+    experiment = Experiment(name, run_dir, config, digest, fields, stored is not None, False, passed_over=tuple(taken))
     if stored is None or stored["fingerprint"] == digest:
         return experiment
     before = with_micro_batch_of(stored["fields"], fields)
     if before == fields:
-        return experiment
+        return replace(experiment, stood_as=stored["fingerprint"])
     if only_more_budget(before, fields):
         refuse_more_after_early_stopping(name, experiment.outcome, f"--init-from {name}")
         refuse_rewritten_past(config, before, fields)

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
+from orchestrator.claimed import claimed
 from orchestrator.experiment import Experiment, Request, settle, write_identity
 from orchestrator.out_of_memory import accident_of, explain, shrunk
 from trainers.config import RunConfig
 from trainers.config_io import dump_yaml, override
-from trainers.errors import ConfigError
+from trainers.errors import ConfigError, UserError
 from trainers.presets import PRESETS
 from trainers.record import series
 
@@ -38,7 +39,7 @@ def hungry(folder: Path) -> RunConfig:
             *("model.d_model=16", "model.n_layers=1", "model.context_length=128", "model.vocab_size=8192"),
             *("schedule.kind=constant", "model.dropout=0", f"batch.sequences={ROWS}", f"budget.steps={STEPS}"),
             *("evaluation.every_steps=null", "evaluation.max_tokens=512", "samples.count=0", "device=cpu"),
-            *("logging.every_steps=1",),
+            *("logging.every_steps=1", "schedule.warmup_steps=0"),
             *("checkpoint.every_steps=1", "checkpoint.every_minutes=null"),
             f'data.sources=[{{"corpus": "{text}"}}]',
         ],
@@ -90,6 +91,10 @@ def test_a_run_may_go_on_in_smaller_pieces_and_in_no_other_way(tmp_path: Path) -
     write_identity(begun)
     pieces = settle(override(config, ["batch.micro_sequences=8"]), request, ("hash",))
     assert pieces.known and not pieces.extended and pieces.config.accumulation == 12
+    with claimed(pieces):
+        write_identity(pieces)
+    with pytest.raises(UserError, match="another configuration"), claimed(begun):
+        pass
     assert settle(override(config, ["batch.micro_sequences=8", "budget.steps=9"]), request, ("hash",)).extended
     for change in ("batch.sequences=48", "optim.lr=1"):
         with pytest.raises(ConfigError, match="another configuration"):

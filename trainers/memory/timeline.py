@@ -12,6 +12,7 @@ against hooks on real tensors.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from trainers import int8_linear
 from trainers.config import ModelConfig, PrecisionConfig
 from trainers.data.types import Batch
 from trainers.models.gpt import GPT
@@ -113,7 +115,7 @@ def read_timeline(
     depth = min(depth, config.n_layers)
     small = config.model_copy(update={"n_layers": depth})
     rows = rows_to_tell_apart(small, vocab_size, sequence_length)
-    with FakeTensorMode(), ExitStack() as stack:
+    with FakeTensorMode(), without_collection(), ExitStack() as stack:
         if kernels == "cuda":
             stack.enter_context(cuda_kernels())
         build = SmallBuild(small, vocab_size, sequence_length, precision, objective)
@@ -121,6 +123,18 @@ def read_timeline(
     first, later, scoring = (_moments(trace, depth) for trace in found.traces)
     later = _with_standing_gradients(later, build.layer_gradients)
     return Timeline(depth, first, later, scoring, found.saved)
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """No garbage collection inside: when it comes would decide what lives."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def rows_to_tell_apart(config: ModelConfig, vocab_size: int, sequence_length: int) -> int:
@@ -480,10 +494,11 @@ def _inside(func: Any, out: Any) -> int:
 
 @contextmanager
 def cuda_kernels() -> Iterator[None]:
-    """CUDA's ways in place of the CPU's: dropout keeps a mask of bytes, attention never its weights.
+    """CUDA's ways in place of the CPU's: dropout keeps a mask of bytes, attention never its weights, int8 products sum
+    integers.
 
-    So that a machine without a GPU can plan for one. Names in torch.nn.functional are exchanged for the while: a
-    TorchFunctionMode is not active where activation checkpointing runs a layer again.
+    So that a machine without a GPU can plan for one. Names of modules are exchanged for the while: a TorchFunctionMode
+    is not active where activation checkpointing runs a layer again.
     """
     dropout, attention = F.dropout, F.scaled_dot_product_attention
 
@@ -493,8 +508,14 @@ def cuda_kernels() -> Iterator[None]:
     def fused(*args: Any, **kwargs: Any) -> Tensor:
         return attention(*args, **{**kwargs, "dropout_p": 0.0})
 
+    def integers(left: Tensor, right: Tensor) -> Tensor:
+        return torch._int_mm(left, right.t()).float()
+
+    product = int8_linear.int8_product
     F.dropout, F.scaled_dot_product_attention = masked, fused  # type: ignore[assignment]
+    int8_linear.int8_product = integers
     try:
         yield
     finally:
         F.dropout, F.scaled_dot_product_attention = dropout, attention
+        int8_linear.int8_product = product
