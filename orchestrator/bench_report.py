@@ -28,6 +28,7 @@ from orchestrator.finders import (
 from orchestrator.runs import check_runs_dir
 from orchestrator.signals import StopSignals
 from orchestrator.sweeps.memory import Footprints
+from search_spaces.precisions import Device
 from trainers.config import RunConfig
 from trainers.data.prepare import prepare
 from trainers.memory.calibration import refine
@@ -53,7 +54,7 @@ def run(typed: Typed, question: BenchQuestion, runs_dir: Path, *, json: bool) ->
             data = prepare(config, cache_dir(runs_dir), progress=display.packing)
             display.status("opening MLflow")
             store = _store(runs_dir)
-            device = "cuda" if machine.device == "cuda" else "mps" if machine.device == "mps" else "cpu"
+            device: Device = "cuda" if machine.device == "cuda" else "mps" if machine.device == "mps" else "cpu"
             bench = measure_bench(
                 config,
                 question,

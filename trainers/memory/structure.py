@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from trainers.config import ModelConfig, OptimConfig
 from trainers.memory.words import ALONE, FP32, Kept, Spread, Words, counts_steps, optimizer_values
 from trainers.models import meta_model
+from trainers.models.state import LanguageModel
 from trainers.safetensors_io import file_size
 from trainers.seeds import rng_tensors
 from trainers.snapshot import arena_bytes
@@ -135,7 +137,7 @@ def read_structure(config: ModelConfig, vocab_size: int) -> Structure:
     model = meta_model(config, vocab_size)
     linear = {id(module.weight) for module in model.blocks.modules() if isinstance(module, nn.Linear)}
     with torch.device("meta"):
-        state = model.initial_state(1)
+        state = cast(LanguageModel, model).initial_state(1)
     generators = rng_tensors()
     return Structure(
         parameters=tuple(

@@ -229,7 +229,7 @@ class SmallBuild:
 
     def _record(self, rows: int, work: Callable[[Batch, Recorder], None]) -> Recorder:
         tokens = torch.zeros((rows, self.length), dtype=torch.long)
-        batch = Batch(tokens=tokens, targets=torch.zeros_like(tokens), n_targets=rows * self.length, starts=())
+        batch = Batch(tokens=tokens, targets=torch.zeros_like(tokens), n_targets=rows * self.length, starts=None)
         recorder = Recorder(self.model)
         with recorder:
             work(batch, recorder)
@@ -384,7 +384,7 @@ class Recorder(TorchDispatchMode):
 
     def _sweep(self) -> None:
         # StorageWeakRef.expired, without two calls of Python for each of a hundred storages at each operation
-        expired = torch.UntypedStorage._expired  # type: ignore[attr-defined]
+        expired = torch.UntypedStorage._expired
         for key in [key for key, (life, _) in self._alive.items() if expired(life.cdata)]:
             self._changes.append((len(self._places), self._alive.pop(key)[1], -1))
 
@@ -414,8 +414,8 @@ class Recorder(TorchDispatchMode):
             else:
                 living[moment, kind] += sign * split(self._sizes[number], rows)
         living = living.cumsum(0)[:-1]
-        for moment, size in self._inside:
-            living[moment, WORKING] += split(size, rows)
+        for moment, n_bytes in self._inside:
+            living[moment, WORKING] += split(n_bytes, rows)
         return Trace(living, self._places, {name: living[moment] for name, moment in self._marks.items()})
 
 
@@ -503,7 +503,7 @@ def cuda_kernels() -> Iterator[None]:
     dropout, attention = F.dropout, F.scaled_dot_product_attention
 
     def masked(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        return cast(Tensor, torch.native_dropout(x, p, True)[0]) if training and p > 0 else x
+        return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
 
     def fused(*args: Any, **kwargs: Any) -> Tensor:
         return attention(*args, **{**kwargs, "dropout_p": 0.0})

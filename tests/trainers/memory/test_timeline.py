@@ -83,7 +83,7 @@ def saved_by_hooks(config: RunConfig, rows: int) -> int:
         return tensor
 
     tokens = torch.zeros((rows, config.sequence_length), dtype=torch.long)
-    batch = Batch(tokens=tokens, targets=tokens.clone(), n_targets=tokens.numel(), starts=())
+    batch = Batch(tokens=tokens, targets=tokens.clone(), n_targets=tokens.numel(), starts=None)
     with autocast(config.precision, torch.device("cpu")):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = build_objective(config).loss(model, batch, None)
