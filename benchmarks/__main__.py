@@ -16,6 +16,7 @@ SUITES = {  # in the order they run; minutes on two idle cores
     "first_step": 6,
     "orchestrated": 12,
     "packing_memory": 30,
+    "memory_prediction": 8,
     "sweep_efficiency": 14,
     "sweep_scale": 6,
     "sweep_search": 9,

@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.batch_search import search
+from orchestrator.batch_search import measured_memory, search
 from orchestrator.console import count, size
 from orchestrator.memory_limit import Limit
-from orchestrator.plan import BYTES_PER_VALUE, optimizer_values, packed_tokens
+from orchestrator.plan import StateSizes, packed_tokens
 from orchestrator.preflight import check_model
 from orchestrator.presets_table import closed_form_parameters
 from trainers.batch_probe import MICRO_BATCHES, Job, Probe
@@ -28,6 +28,7 @@ from trainers.config import RunConfig
 from trainers.data.prepare import prepare
 from trainers.data.types import PreparedData
 from trainers.errors import DataError, UserError
+from trainers.memory.fit import fit
 
 MOST, STEPS = 256, 5  # rows tried at most, and timed steps of each size, where nothing else is said
 MEMORY_DEATHS = ("SIGKILL", "SIGABRT", "SIGSEGV", "SIGBUS")  # how the kernel, and libraries short of memory, end one
@@ -49,6 +50,8 @@ class BatchFindings:
     """rows that a worker trains on in each step of the run"""
     bound: str
     """what ended the search: memory, most (the largest size that was allowed) or text (the corpus has no more rows)"""
+    fitted: int | None = None
+    """rows of the largest micro-batch that fits and divides the rows of a worker's step"""
 
     @property
     def largest(self) -> Probe:
@@ -131,13 +134,16 @@ def find_batch(
         raise UserError(_not_even_one(probes[0], known, limit.source))
     fitting = max(one.micro for one in probes if one.fits)
     bound = "memory" if fitting < bounded else "most" if bounded == most else "text"
-    return BatchFindings(tuple(probes), device, known, limit.source, config.sequence_length, share=share, bound=bound)
+    fitted = fit(config, measured_memory(probes, known)).micro_sequences
+    return BatchFindings(
+        tuple(probes), device, known, limit.source, config.sequence_length, share=share, bound=bound, fitted=fitted
+    )
 
 
 def model_bytes(config: RunConfig, vocab_size: int) -> int:
     """Weights, gradients and optimizer state of one worker."""
     parameters = closed_form_parameters(config.model, config.model.vocab_size or vocab_size)
-    return parameters * BYTES_PER_VALUE * (2 + optimizer_values(config.resolved_phases()[0].optim))
+    return StateSizes.plain(parameters, config.resolved_phases()[0].optim).training_bytes
 
 
 def available_rows(config: RunConfig, data: PreparedData) -> int | None:

@@ -70,10 +70,10 @@ class Machine:
 
 def machine_for(config: RunConfig, question: BatchQuestion) -> Machine:
     """Raises UserError for a device that is not there or cannot compute the precision."""
-    from trainers.devices import check_precision, resolve_device
+    from trainers.devices import check_machine, resolve_device
 
     device = resolve_device(config.device)
-    check_precision(config.precision, device)
+    check_machine(config, device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limit = limit_for(device.type, question.memory_limit, config.workers)
     return Machine(device.type, max(1, cores // config.workers), limit)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from trainers.batch_probe import Probe
+from trainers.memory.fit import Memory, largest_divisor
 
 RESOLUTION = 16  # bisection ends within this part of the largest size that fits
 
@@ -76,5 +78,7 @@ def not_tried(micro: int, expected: int, limit_bytes: int) -> Probe:
     return Probe(micro, "not tried", "foreseen from the smaller sizes", peak_bytes=expected, limit_bytes=limit_bytes)
 
 
-def largest_divisor(number: int, at_most: int) -> int:
-    return max(part for part in range(1, min(number, at_most) + 1) if number % part == 0)
+def measured_memory(probes: Sequence[Probe], limit_bytes: int) -> Memory:
+    """What `fit` asks about: a size that was not tried, or did not fit, is too large."""
+    peaks = {probe.micro: float(probe.peak_bytes or 0) for probe in probes if probe.fits}
+    return Memory(limit_bytes, lambda rows, accumulation: peaks.get(rows, math.inf))

@@ -54,7 +54,7 @@ def make_folder(run_dir: Path) -> bool:
 def refuse_another(experiment: Experiment) -> None:
     """Whoever claimed the name between our look and our claim may have made it another run."""
     standing = experiment.identity.get("fingerprint", experiment.fingerprint)
-    if standing != experiment.fingerprint and not experiment.extended:
+    if standing not in (experiment.fingerprint, experiment.stood_as) and not experiment.extended:
         raise UserError(
             f"run {experiment.name!r} was begun meanwhile with another configuration. Choose another --name."
         )

@@ -18,7 +18,7 @@ import typer
 from rich.text import Text
 
 from orchestrator.console import err, open_streams, silence
-from orchestrator.verbs import cluster, finders, records, report, sweeps, text, training
+from orchestrator.verbs import adapters, cluster, finders, records, report, sweeps, text, training
 from trainers.errors import Superseded, TrainingFailed, UserError
 
 DONE, INTERNAL, BAD_INPUT, FAILED, STOPPED = 0, 1, 2, 3, 75
@@ -47,8 +47,10 @@ VERBS: tuple[Callable[..., int], ...] = (
     report.report,
     finders.find_lr,
     finders.find_batch,
+    finders.bench,
     text.generate,
     text.evaluate,
+    adapters.merge,
     records.runs,
     records.status,
     cluster.submit,

@@ -23,6 +23,7 @@ from trainers.identity import (
     refuse_more_after_early_stopping,
     refuse_rewritten_past,
     stored_identity,
+    with_micro_batch_of,
 )
 from trainers.initial import initial_hash
 
@@ -45,6 +46,10 @@ class Request:
     json: bool = False
     document: dict[str, Any] | None = None
     """what else --json prints, of the sweep that this run follows; the run is its `training`"""
+    memory_limit: int | None = None
+    """bytes that each worker may take; None: whatever there is"""
+    shrinks: bool = False
+    """a run that runs out of memory goes on with smaller micro-batches"""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ class Experiment:
     """the folder already holds this run"""
     extended: bool
     """its budget was raised"""
+    stood_as: str | None = None
+    """the fingerprint of the run that goes on with another micro-batch"""
     passed_over: tuple[Path, ...] = ()
     """folders of runs of this name that --fresh leaves as they are"""
 
@@ -96,12 +103,15 @@ def settle(config: RunConfig, request: Request, data_hashes: tuple[str, ...]) ->
         raise ConfigError(f"{name!r} is the name of a sweep. Give the run another --name.")
     _refuse_other_than_folders(run_dir)
     stored = stored_identity(run_dir, "move it away or choose another --name.")
-    experiment = Experiment(name, run_dir, config, digest, fields, stored is not None, False, tuple(taken))
+    experiment = Experiment(name, run_dir, config, digest, fields, stored is not None, False, passed_over=tuple(taken))
     if stored is None or stored["fingerprint"] == digest:
         return experiment
-    if only_more_budget(stored["fields"], fields):
+    before = with_micro_batch_of(stored["fields"], fields)
+    if before == fields:
+        return replace(experiment, stood_as=stored["fingerprint"])
+    if only_more_budget(before, fields):
         refuse_more_after_early_stopping(name, experiment.outcome, f"--init-from {name}")
-        refuse_rewritten_past(config, stored["fields"], fields)
+        refuse_rewritten_past(config, before, fields)
         return replace(experiment, extended=True)
     changed = "\n  ".join(differences(stored["fields"], fields))
     raise ConfigError(

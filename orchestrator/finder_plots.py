@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from orchestrator.batch_finder import BatchFindings
+from orchestrator.bench import Bench
 from orchestrator.plots import ACCENT, ALARM, GRID, INK, QUIET, TRAIN, VALIDATION, new_figure, save
 from trainers.batch_probe import Probe
 from trainers.lr_curve import LrCurve, LrSuggestion
@@ -76,6 +77,31 @@ def plot_batch(found: BatchFindings, target: Path, title: str) -> None:
     _draw_memory(memory, found)
     best = f"largest {found.largest.micro}   ·   fastest {found.fastest.micro}   ·   use {found.recommended.micro}"
     _headline(figure, title, best)
+    save(figure, target)
+
+
+def plot_bench(bench: Bench, target: Path, title: str) -> None:
+    """Throughput and peak memory over the batch, a line for each way to run, what ran out of memory crossed, as PNG."""
+    figure = new_figure(12, 5.6)
+    speed, memory = figure.subplots(1, 2)
+    for panel, unit in ((speed, "tokens per second"), (memory, "peak memory, GiB")):
+        _dress(panel, "batch (rows)", unit)
+        panel.set_xticks(sorted({cell.rows for cell in bench.cells}))
+    colours = dict(zip(bench.ways, (TRAIN, VALIDATION, ACCENT, INK, QUIET, ALARM) * len(bench.ways), strict=False))
+    for way, colour in colours.items():
+        ran = [cell for cell in bench.cells if cell.way == way and cell.probe.fate == "ok"]
+        points = np.array([(c.rows, c.probe.tokens_per_s or 0.0, (c.probe.peak_bytes or 0) / GIB) for c in ran])
+        if len(points):
+            speed.plot(points[:, 0], points[:, 1], color=colour, lw=1.8, marker="o", ms=5, label=way)
+            memory.plot(points[:, 0], points[:, 2], color=colour, lw=1.8, marker="o", ms=5, label=way)
+        lost = [cell.rows for cell in bench.cells if cell.way == way and cell.probe.fate != "ok"]
+        memory.plot(lost, [bench.limit_bytes / GIB] * len(lost), color=colour, ls="none", marker="x", ms=8)
+    memory.axhline(bench.limit_bytes / GIB, color=ALARM, lw=1.2, ls=(0, (4, 3)), label="limit")
+    for panel in (speed, memory):
+        panel.set_ylim(bottom=0)
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
+        panel.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none", fontsize=10)
+    _headline(figure, title, f"{len(bench.cells)} cells   ·   {bench.device}")
     save(figure, target)
 
 

@@ -23,6 +23,7 @@ from rich.text import Text
 from orchestrator.console import finite, out
 from orchestrator.experiment import cache_dir
 from orchestrator.provenance import describe_environment
+from search_spaces.precisions import precision_of
 from trainers.config import RunConfig
 from trainers.config_io import fingerprint
 from trainers.data.prepare import data_hashes
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from orchestrator.target import Flags, Target
     from orchestrator.tracking import EndState, Store
 
-Kind = Literal["find-lr", "find-batch"]
+Kind = Literal["find-lr", "find-batch", "bench"]
 FOLDER = ".find"
 
 
@@ -132,7 +133,7 @@ def log_finding(store: Store, finding: Finding) -> tuple[str | None, str]:
                 **describe_environment(),
                 "kind": finding.kind,
                 "preset": config.preset,
-                "precision": config.precision.compute,
+                "precision": precision_of(config),
                 "run_path": str(finding.folder),
                 **finding.tags,
             },

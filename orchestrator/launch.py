@@ -10,27 +10,36 @@ import json
 import shutil
 import sys
 import time
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.claimed import claimed, say
 from orchestrator.display import Display
 from orchestrator.ending import brief, draw, ended_truthfully, failure, pending, show_closing
 from orchestrator.experiment import OUTCOME, Experiment, Request, cache_dir, settle, write_atomically, write_identity
 from orchestrator.news import News
+from orchestrator.out_of_memory import accident_of, explain, shrunk
 from orchestrator.plan import planned_phases, warmups_beyond_epochs
 from orchestrator.preflight import check_device, check_model
 from orchestrator.ray_cluster import Resources, ray_cluster, resources_per_worker
 from orchestrator.ray_trainer import WORKER_RESTARTS, Fit, while_it_gets_further
 from orchestrator.signals import StopSignals
 from orchestrator.tracker import OpeningStore, Tracker, owes
+from orchestrator.worker import OUT_OF_MEMORY
 from trainers.claim import Claim
 from trainers.config import RunConfig
 from trainers.context import STOP_REQUEST, request_stop
 from trainers.data.prepare import data_hashes, prepare
+from trainers.errors import TrainingFailed
 from trainers.identity import saved_step
+from trainers.memory.limit import is_out_of_memory
+
+if TYPE_CHECKING:
+    from trainers.memory.prediction import Device
 
 POLL_S = 0.2  # how often the driver looks at the record
 LAST_WORDS_S = 30.0  # for the workers to end by themselves once one of them has said how the run ended
+FITS_APART = 1000  # numbers of fits between two sizes of the micro-batch, so that none comes twice
 DONE, STOPPED = 0, 75
 
 
@@ -71,6 +80,8 @@ class Driver:
         self.run_dir = experiment.run_dir
         self.request = request
         self.generation = claim.generation
+        self.vocab_size = 0
+        self.device: Device = "cpu"
         self.signals = StopSignals()
         self.news = News(self.run_dir)
         self._asked = False
@@ -89,6 +100,7 @@ class Driver:
                     self.config, cache_dir(self.request.runs_dir), run_dir=self.run_dir, progress=self.display.packing
                 )
             check_model(self.config, data.tokenizer.vocab_size)
+            self.vocab_size = data.tokenizer.vocab_size
             self._clean_up_after_the_last_claim()
             # Only now: a text that is refused leaves no store behind. It opens while Ray starts.
             tracker = Tracker(self.experiment, OpeningStore(self.request.runs_dir), self.display.note)
@@ -111,6 +123,7 @@ class Driver:
             ):
                 self.signals.leave_if_asked()
                 share = resources_per_worker(ray, self.config.workers, self.config.device)
+                self.device = "cuda" if share.gpus else "cpu"
                 self.display.status("opening MLflow")
                 tracker.open()
                 tracker.end_abandoned()
@@ -131,18 +144,60 @@ class Driver:
             "cache_dir": str(cache_dir(self.request.runs_dir)),
             "generation": self.generation,
             "threads": share.cpus,
+            "memory_limit": self.request.memory_limit,
             "tracking": {"mlflow_run_id": self.experiment.identity["mlflow_run_id"]},
         }
 
     def _train(self, share: Resources) -> BaseException | None:
         """Train until the run is over or the workers die again and again at one place; their last error, if any."""
+        first = 0
+        while True:
+            error = self._fit(share, first)
+            self._told_of_memory(error)
+            if not self._shrinks():
+                return error
+            first += FITS_APART
+
+    def _fit(self, share: Resources, first: int) -> BaseException | None:
+        """Fits, numbered from `first`, with the present configuration."""
         (self.run_dir / OUTCOME).unlink(missing_ok=True)  # only now: until here the last ending stands
         job = self._job(share)
         return while_it_gets_further(
-            lambda number: self._watch(Fit(job, self.config.workers, share, number)),
+            lambda number: self._watch(Fit(job, self.config.workers, share, first + number)),
             lambda: saved_step(self.run_dir),
             over=lambda: self.experiment.outcome is not None or self.signals.reason is not None,
         )
+
+    def _told_of_memory(self, error: BaseException | None) -> None:
+        """Workers that the system killed for their memory could not say so; Ray does."""
+        if (
+            self.experiment.outcome is None
+            and error is not None
+            and not self.signals.reason
+            and is_out_of_memory(error)
+        ):
+            outcome = {"state": "failed", "reason": f"{OUT_OF_MEMORY}: {brief(error)}"}
+            write_atomically(self.run_dir / OUTCOME, json.dumps(outcome) + "\n")
+
+    def _shrinks(self) -> bool:
+        """Whether the run ran out of memory and goes on with half the micro-batch: from now on `self.config` has it."""
+        accident = accident_of(self.experiment.outcome)
+        if accident is None or not self.request.shrinks or self.signals.reason:
+            return False
+        smaller = shrunk(self.config)
+        if smaller is None:
+            return False
+        self.display.note(
+            f"out of memory at {self.config.micro_sequences} rows at a time: going on from step "
+            f"{saved_step(self.run_dir)} with {smaller.micro_sequences} rows, {smaller.accumulation} micro-batches a "
+            f"step and the same {smaller.sequences_per_step} rows in all"
+        )
+        hashes = data_hashes(smaller, cache_dir(self.request.runs_dir))
+        request = replace(self.request, name=self.experiment.name, fresh=False)
+        self.experiment = settle(smaller, request, hashes)
+        self.config = smaller
+        write_identity(self.experiment)
+        return True
 
     def _watch(self, fit: Fit) -> BaseException | None:
         """Show and send on what the workers record until they are done; their error, if they had one."""
@@ -188,6 +243,8 @@ class Driver:
         self._draw()
         if outcome["state"] == "failed":
             tracker.close(outcome)
+            if accident_of(outcome) is not None:
+                raise TrainingFailed(explain(self.experiment, self.request, self.vocab_size, self.device, outcome))
             raise failure(outcome["reason"])
         self.display.status("handing the rest to MLflow")
         delivered = tracker.close(outcome)

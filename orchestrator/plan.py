@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 from trainers.budget import evaluation_interval, phase_steps, saving_interval
 from trainers.config import CheckpointConfig, OptimConfig, Phase, RunConfig
 from trainers.errors import DataError
+from trainers.memory.words import optimizer_values, spread_of, words_of
 from trainers.schedules import endless_warmup
 
 if TYPE_CHECKING:
     from trainers.data.packed import PackedTokens
     from trainers.data.stream import StreamedSource
     from trainers.data.types import PreparedData
+    from trainers.memory.structure import Structure
 
 BYTES_PER_VALUE = 4  # weights and moments are kept in fp32 under every compute precision
 
@@ -60,15 +62,41 @@ class RunPlan:
         return asdict(self)
 
 
-def derive_plan(config: RunConfig, *, parameters: int, steps_per_epoch: Sequence[int | None]) -> RunPlan:
+@dataclass(frozen=True)
+class StateSizes:
+    """Bytes of a phase's training state in one worker."""
+
+    training_bytes: int
+    """weights, gradients, optimizer state"""
+    checkpoint_bytes: int
+    snapshot_bytes: int
+
+    @staticmethod
+    def plain(parameters: int, optim: OptimConfig) -> StateSizes:
+        """All of it in fp32, without the few bytes of headers and counters."""
+        values = optimizer_values(optim)
+        saved = parameters * BYTES_PER_VALUE * (1 + values)
+        return StateSizes(parameters * BYTES_PER_VALUE * (2 + values), saved, saved)
+
+
+def derive_plan(
+    config: RunConfig,
+    *,
+    parameters: int,
+    steps_per_epoch: Sequence[int | None],
+    sizes: Sequence[StateSizes] | None = None,
+) -> RunPlan:
     """The plan of `config` for a model of `parameters` values, with the length of each phase's text in steps.
+
+    `sizes`: of each phase's state; None: as plain fp32 takes them.
 
     Raises ConfigError for epochs of a stream, DataError for a text shorter than one step.
     """
     specs = config.resolved_phases()
     assert len(specs) == len(steps_per_epoch)
     phases = tuple(plan_phase(config, spec, length) for spec, length in zip(specs, steps_per_epoch, strict=True))
-    one = parameters * BYTES_PER_VALUE * (1 + max(optimizer_values(spec.optim) for spec in specs))
+    sizes = sizes or [StateSizes.plain(parameters, spec.optim) for spec in specs]
+    one = max(each.checkpoint_bytes for each in sizes)
     scheduled = scheduled_checkpoints(phases, config.checkpoint)
     kept = kept_checkpoints(config, scheduled, evaluations=sum(phase.evaluations for phase in phases))
     return RunPlan(
@@ -80,20 +108,28 @@ def derive_plan(config: RunConfig, *, parameters: int, steps_per_epoch: Sequence
         scheduled_checkpoints=scheduled,
         kept_checkpoints=kept,
         disk_bytes=one * (kept + 1),
-        snapshot_bytes=one,
+        snapshot_bytes=max(each.snapshot_bytes for each in sizes),
     )
 
 
 def plan_run(config: RunConfig, data: PreparedData) -> RunPlan:
     """The plan of `config` on its packed text."""
-    from trainers.models import parameter_count
+    from trainers.memory.structure import read_structure
 
-    return derive_plan(
-        config,
-        parameters=parameter_count(config.model, config.model.vocab_size or data.tokenizer.vocab_size),
-        steps_per_epoch=[
-            steps_per_epoch(config, [packed_tokens(source) for source in phase.sources]) for phase in data.phases
-        ],
+    structure = read_structure(config.model, data.tokenizer.vocab_size)
+    lengths = [steps_per_epoch(config, [packed_tokens(source) for source in phase.sources]) for phase in data.phases]
+    sizes = [state_sizes(structure, config, phase.optim) for phase in config.resolved_phases()]
+    return derive_plan(config, parameters=structure.values, steps_per_epoch=lengths, sizes=sizes)
+
+
+def state_sizes(structure: Structure, config: RunConfig, optim: OptimConfig) -> StateSizes:
+    """What a worker of `config` holds and saves."""
+    words, spread = words_of(config.precision, optim), spread_of(config)
+    state = structure.state_bytes(optim, words, spread)
+    return StateSizes(
+        training_bytes=state.weights + state.gradients + state.optimizer,
+        checkpoint_bytes=structure.checkpoint_bytes(optim, words),
+        snapshot_bytes=structure.snapshot_bytes(optim, words),
     )
 
 
@@ -154,15 +190,9 @@ def _steps_of_tokens(config: RunConfig) -> int | None:
     return None if every is None else max(1, every // config.tokens_per_step)
 
 
-def optimizer_values(optim: OptimConfig) -> int:
-    """Values of optimizer state for each weight: two moments, one velocity, or none."""
-    match optim.name:
-        case "adamw" | "adam":
-            return 2
-        case "sgd":
-            return 1 if optim.momentum > 0 else 0
-        case "rmsprop":
-            return 2 if optim.momentum > 0 else 1
+def flops_per_token(config: RunConfig, parameters: int) -> int:
+    """6 N + 12 L d T: forward and backward, attention's products in full (PaLM, arXiv:2204.02311, appendix B)."""
+    return 6 * parameters + 12 * config.model.n_layers * config.model.d_model * config.sequence_length
 
 
 def scheduled_checkpoints(phases: Sequence[PhasePlan], saving: CheckpointConfig) -> int:

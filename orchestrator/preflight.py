@@ -7,15 +7,20 @@ import os
 from orchestrator.console import count, size
 from orchestrator.plan import BYTES_PER_VALUE
 from orchestrator.presets_table import closed_form_parameters
-from trainers.config import RunConfig
+from trainers.compatibility import check_packages
+from trainers.config import PrecisionConfig, RunConfig
+from trainers.deepspeed_config import check_deepspeed
 from trainers.errors import UserError
 
 
 def check_device(config: RunConfig) -> None:
     """Refuse early what this machine's device cannot compute; on a cluster the workers find out. Raises UserError."""
-    certain = config.precision.compute == "fp32" and config.device in ("auto", "cpu")
-    if certain or os.environ.get("RAY_ADDRESS"):
+    if os.environ.get("RAY_ADDRESS"):
         return
+    check_packages(config.precision, [phase.optim for phase in config.resolved_phases()])
+    check_deepspeed(config, "cpu" if config.device == "auto" else config.device)
+    if config.precision == PrecisionConfig() and config.device in ("auto", "cpu"):
+        return  # certain, without importing torch
     from trainers.devices import check_precision, resolve_device
 
     check_precision(config.precision, resolve_device(config.device))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
@@ -12,7 +12,8 @@ from orchestrator.console import count, err, out, print_json
 from orchestrator.experiment import cache_dir
 from orchestrator.runs import existing_run, name_in
 from orchestrator.target import absolute
-from trainers.config import PrecisionConfig, SourceConfig
+from search_spaces.precisions import precision_of
+from trainers.config import SourceConfig
 from trainers.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -45,12 +46,12 @@ def score_run(
     existing_run(runs_dir, run)  # a misspelt name is told before torch is imported
     from orchestrator.trained import open_trained
 
-    trained = open_trained(runs_dir, run, checkpoint=checkpoint, device=device)
-    arithmetic = _arithmetic(trained, precision)
+    trained = open_trained(runs_dir, run, checkpoint=checkpoint, device=device, precision=precision)
+    _check_arithmetic(trained, precision)
     with tempfile.TemporaryDirectory(prefix="orchestrate-") as folder:
         text, label = _text(trained, data, text_field, runs_dir, Path(folder))
         _say_unknown(trained, text, label)
-        scores = score(trained, text, arithmetic)
+        scores = score(trained, text)
     if json:
         print_json(
             {
@@ -58,7 +59,7 @@ def score_run(
                 "step": trained.step,
                 "checkpoint": str(trained.checkpoint),
                 "data": label,
-                "precision": arithmetic.compute,
+                "precision": precision or precision_of(trained.config),
                 "metrics": scores,
             }
         )
@@ -73,26 +74,21 @@ def score_run(
     return 0
 
 
-def _arithmetic(trained: Trained, asked: str | None) -> PrecisionConfig:
-    """What to score in: as asked, else as the run was trained. Raises UserError where the device cannot."""
+def _check_arithmetic(trained: Trained, asked: str | None) -> None:
+    """Raises UserError where the device cannot score in what was asked for, or in what the run was trained in."""
     from trainers.devices import check_precision
 
-    known = get_args(PrecisionConfig.model_fields["compute"].annotation)
-    if asked is not None and asked not in known:
-        raise UserError(f"--precision is {', '.join(known)}; got {asked!r}.")
-    precision = trained.config.precision if asked is None else PrecisionConfig.model_validate({"compute": asked})
     try:
-        check_precision(precision, trained.device)
+        check_precision(trained.precision, trained.device)
     except ConfigError as error:
         whose = "the run was trained in" if asked is None else "--precision asks for"
         raise UserError(
-            f"{whose} {precision.compute}, which is no arithmetic for this {trained.device.type} device. "
+            f"{whose} {trained.precision.compute}, which is no arithmetic for this {trained.device.type} device. "
             f"Score it in another: --precision fp32."
         ) from error
-    return precision
 
 
-def score(trained: Trained, text: PackedTokens, precision: PrecisionConfig) -> dict[str, float]:
+def score(trained: Trained, text: PackedTokens) -> dict[str, float]:
     """val/loss and the rest over every token of a packed text."""
     from trainers.evaluate import evaluate
     from trainers.objectives import build_objective
@@ -103,7 +99,7 @@ def score(trained: Trained, text: PackedTokens, precision: PrecisionConfig) -> d
         sequence_length=trained.config.sequence_length,
         rows=ROWS,
         device=trained.device,
-        precision=precision,
+        precision=trained.precision,
         objective=build_objective(trained.config),
     )
 

@@ -15,16 +15,19 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.console import count, pairs, size
+from orchestrator.console import count, duration, pairs, size
+from orchestrator.experiment import cache_dir
+from orchestrator.memory_plan import MemoryPlan, MemoryQuestion, PlannedCell, explained, plan_memory
+from orchestrator.memory_tables import cells_table, components_table, memory_notes
 from orchestrator.plan import (
-    BYTES_PER_VALUE,
     RunPlan,
     derive_plan,
-    optimizer_values,
+    state_sizes,
     steps_per_epoch,
     warmups_beyond_epochs,
 )
 from orchestrator.runs import check_runs_dir, nearest_folder
+from search_spaces.precisions import precision_of
 from trainers.config import BudgetConfig, RunConfig, ScheduleConfig
 
 if TYPE_CHECKING:
@@ -42,36 +45,57 @@ class PlanReport:
     """None where a budget in epochs waits for the length of a dataset that is not downloaded yet"""
     device: str
     free_bytes: int
+    training_bytes: int
+    """weights, gradients and optimizer state of one worker, without activations"""
+    memory: MemoryPlan | None
+    """None: it was not asked for"""
 
     @property
-    def training_bytes(self) -> int:
-        """Weights, gradients and optimizer state of one worker, without activations."""
-        moments = max(optimizer_values(phase.optim) for phase in self.config.resolved_phases())
-        return self.parameters * BYTES_PER_VALUE * (2 + moments)
+    def configured(self) -> PlannedCell | None:
+        """The memory of the run as it is configured."""
+        return self.memory.cells[0] if self.memory else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Of all its steps, where this kind of run has been measured on the device."""
+        speed = self.configured.tokens_per_s if self.configured else None
+        return self.plan.total_tokens / speed if self.plan and speed else None
 
 
-def survey_plan(config: RunConfig, runs_dir: Path) -> PlanReport:
-    """The plan of a run, from a look at its data. Raises UserError for whatever training would refuse."""
+def survey_plan(config: RunConfig, runs_dir: Path, question: MemoryQuestion | None = None) -> PlanReport:
+    """The plan of a run, from a look at its data; with a `question`, its memory too.
+
+    Raises UserError for whatever training would refuse here; of a question about GPUs that are elsewhere, there.
+    """
     check_runs_dir(runs_dir)
     from trainers.data.prepare import survey
-    from trainers.devices import check_precision, resolve_device
+    from trainers.devices import check_machine, resolve_device
     from trainers.initial import initial_hash
-    from trainers.models import parameter_count
+    from trainers.memory.structure import read_structure
 
-    device = resolve_device(config.device)
-    check_precision(config.precision, device)
+    asked = question or MemoryQuestion()
+    config = asked.applied(config)
+    if not asked.elsewhere:
+        check_machine(config, resolve_device(config.device))
     initial_hash(config)
     found = survey(config)
-    parameters = parameter_count(config.model, found.vocab_size)
+    structure = read_structure(config.model, found.vocab_size)
+    room = asked.room(config, cache_dir(runs_dir)) if question is not None else None
     lengths = [steps_per_epoch(config, phase.train_tokens) for phase in found.phases]
     waits = any(length is None and _waits_for_download(config, index) for index, length in enumerate(lengths))
+    sizes = [state_sizes(structure, config, phase.optim) for phase in config.resolved_phases()]
+    plan = derive_plan(config, parameters=structure.values, steps_per_epoch=lengths, sizes=sizes) if not waits else None
     return PlanReport(
         config=config,
         survey=found,
-        parameters=parameters,
-        plan=None if waits else derive_plan(config, parameters=parameters, steps_per_epoch=lengths),
-        device=str(device),
+        parameters=structure.values,
+        plan=plan,
+        device=room.what if room and asked.elsewhere else str(resolve_device(config.device)),
         free_bytes=shutil.disk_usage(nearest_folder(runs_dir)).free,
+        training_bytes=max(each.training_bytes for each in sizes),
+        memory=None
+        if room is None
+        else plan_memory(config, found.vocab_size, room, batches=asked.batches, variants=asked.variants),
     )
 
 
@@ -96,6 +120,8 @@ def plan_json(report: PlanReport) -> dict[str, Any]:
         "data": [asdict(phase) for phase in report.survey.phases],
         "training_bytes": report.training_bytes,
         "free_bytes": report.free_bytes,
+        "memory": report.memory.to_json() if report.memory else None,
+        "seconds": report.seconds,
         "notes": list(_notes(report)),
     }
 
@@ -104,6 +130,10 @@ def plan_tables(report: PlanReport) -> list[RenderableType]:
     """What to print, part by part."""
     parts: list[RenderableType] = [pairs(list(_model_rows(report))), Text()]
     parts += [_phases_table(report), Text(), pairs(list(_saving_rows(report)))]
+    if report.memory:
+        parts += [Text(), components_table(report.memory)]
+        if len(report.memory.cells) > 1:
+            parts += [Text(), cells_table(report.memory)]
     notes = list(_notes(report))
     if notes:
         parts += [Text(), *(Text(f"- {note}") for note in notes)]
@@ -128,7 +158,7 @@ def _model_rows(report: PlanReport) -> Iterator[tuple[str, RenderableType]]:
     optim = config.optim
     yield "optimizer", f"{optim.name}, lr {optim.lr:g}, {_schedule(config.schedule)}"
     workers = f"{config.workers} worker{'s' if config.workers > 1 else ''}"
-    yield "compute", f"{workers} on {report.device}, {config.precision.compute}, seed {config.seed}"
+    yield "compute", f"{workers} on {report.device}, {precision_of(config)}, seed {config.seed}"
 
 
 def _schedule(schedule: ScheduleConfig) -> str:
@@ -189,7 +219,13 @@ def _saving_rows(report: PlanReport) -> Iterator[tuple[str, RenderableType]]:
         yield "disk", f"{kept}; {size(plan.disk_bytes)} while one is written; {size(report.free_bytes)} free"
     state = f"{size(report.training_bytes)} for weights, gradients and optimizer in each worker"
     snapshot = f", {size(plan.snapshot_bytes)} for saving in the background" if plan else ""
-    yield "memory", f"{state}{snapshot}; activations come on top"
+    if report.configured is None:
+        yield "memory", f"{state}{snapshot}; activations come on top"
+    else:
+        yield "memory", explained(report.configured)
+    if report.seconds is not None and report.configured and report.configured.tokens_per_s:
+        speed = f"{count(report.configured.tokens_per_s)} tokens/s, as measured on this device before"
+        yield "time", f"about {duration(report.seconds)} ({speed})"
 
 
 def _epochs(every: float) -> str:
@@ -198,6 +234,8 @@ def _epochs(every: float) -> str:
 
 def _notes(report: PlanReport) -> Iterator[str]:
     yield from report.survey.notes
+    if report.memory:
+        yield from memory_notes(report.memory)
     if report.plan is None:
         yield "the steps follow from the length of the Hub dataset, which is known once training has downloaded it."
     elif report.plan.disk_bytes > report.free_bytes:

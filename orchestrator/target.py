@@ -38,13 +38,18 @@ class Flags:
 
     def overrides(self) -> list[str]:
         """The plain ones in the override language."""
-        named = {
-            "workers": self.workers,
-            "precision.compute": self.precision,
-            "seed": self.seed,
-            "device": self.device,
-        }
-        return [f"{path}={value}" for path, value in named.items() if value is not None]
+        named = {"workers": self.workers, "seed": self.seed, "device": self.device}
+        words = {} if self.precision is None else precision_words(self.precision)
+        return [f"{path}={value}" for path, value in (named | words).items() if value is not None]
+
+
+def precision_words(name: str) -> dict[str, Any]:
+    """What `--precision NAME` sets: path -> value. Raises UserError for an unknown name."""
+    from search_spaces.precisions import PRECISIONS
+
+    if name not in PRECISIONS:
+        raise UserError(f"--precision is {', '.join(PRECISIONS)}; got {name!r}.")
+    return dict(PRECISIONS[name].sets)
 
 
 @dataclass(frozen=True)
@@ -69,11 +74,13 @@ def resolve(arguments: list[str], flags: Flags, runs_dir: Path) -> Target:
         notes += replaced
     elif flags.text_field is not None:
         config = with_text_field(config, flags.text_field)
-    changes = flags.overrides() + typed
+    # among the rest: some precisions are legal only with it
+    initial = [] if flags.init_from is None else [f"init_from={_initial_run(flags.init_from, runs_dir).absolute()}"]
+    changes = flags.overrides() + initial + typed
     _refuse_repeats(changes)
     changes = [absolute_budget(change, start, runs_dir) for change in changes]
     config = override(config, changes) if changes else config
-    config = with_init_from(config, flags.init_from, runs_dir)
+    config = with_init_from(config, runs_dir)
     config = with_absolute_paths(config)
     _refuse_runs_among_text(config, runs_dir)
     notes += _warmup_notes(config)
@@ -181,10 +188,8 @@ def _source(corpus: str, text_field: str | None) -> dict[str, Any]:
     return source.model_dump(mode="json")
 
 
-def with_init_from(config: RunConfig, run: str | None, runs_dir: Path) -> RunConfig:
-    """`init_from` as the absolute folder of a run; one from --init-from must exist."""
-    if run is not None:
-        return config.model_copy(update={"init_from": str(_initial_run(run, runs_dir).absolute())})
+def with_init_from(config: RunConfig, runs_dir: Path) -> RunConfig:
+    """`init_from` as the absolute folder of a run where there is one of that name."""
     if config.init_from is not None and (found := _find_run(config.init_from, runs_dir)) is not None:
         return config.model_copy(update={"init_from": str(found.absolute())})
     return config

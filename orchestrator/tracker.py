@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.experiment import Experiment, abandoned, amend_identity
 from orchestrator.provenance import describe_environment
 from orchestrator.redaction import redact
+from search_spaces.precisions import precision_of
 from trainers.record import last_row
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Tracker:
         tags = {
             **(nested.tags if nested else describe_environment()),
             "preset": experiment.config.preset,
-            "precision": experiment.config.precision.compute,
+            "precision": precision_of(experiment.config),
             "fingerprint": experiment.fingerprint,
             "tokenizer.fingerprint": identity["tokenizer"],
             "run_path": str(experiment.run_dir),

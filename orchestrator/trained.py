@@ -13,14 +13,17 @@ from torch import nn
 
 from orchestrator.console import err
 from orchestrator.runs import existing_run
+from search_spaces.precisions import PRECISIONS
 from trainers.checkpoint import Checkpoint, CheckpointStore
-from trainers.config import ModelConfig, RunConfig
+from trainers.compatibility import check_packages
+from trainers.config import ModelConfig, PrecisionConfig, RunConfig
 from trainers.config_io import build_config, read_yaml
 from trainers.data.tokenizers import load_tokenizer
 from trainers.devices import resolve_device
-from trainers.errors import CheckpointError, UserError
+from trainers.errors import UserError
 from trainers.manifest import committed_steps
 from trainers.models import build_model
+from trainers.weights import open_weights
 
 if TYPE_CHECKING:
     from trainers.data.types import Tokenizer
@@ -36,10 +39,16 @@ class Trained:
     checkpoint: Path
     step: int
     device: torch.device
+    precision: PrecisionConfig
+    """what the weights are, and what to compute in"""
 
 
-def open_trained(runs_dir: Path, name: str, *, checkpoint: str | None, device: str) -> Trained:
+def open_trained(
+    runs_dir: Path, name: str, *, checkpoint: str | None, device: str, precision: str | None = None
+) -> Trained:
     """The model of run `name` at `checkpoint` (best, latest or a step; None: best where there is one, else latest).
+
+    `precision` names what the weights are to be; None: as the run was trained.
 
     Raises UserError where the run, the checkpoint or the device is not there, CheckpointError where it is damaged.
     """
@@ -48,7 +57,9 @@ def open_trained(runs_dir: Path, name: str, *, checkpoint: str | None, device: s
     config = build_config(read_yaml(folder / "config.yaml"))
     found = choose(CheckpointStore(folder / "checkpoints", None, warn=_once()), folder.name, checkpoint)
     model = build_model(ModelConfig.model_validate(found.meta["model"]), found.meta["vocab_size"])
-    load_weights(model, found)
+    words = precision_asked(config, precision)
+    check_packages(words, [])
+    open_weights(model, found, words, folder)
     return Trained(
         config=config,
         model=model.to(target).eval(),
@@ -56,7 +67,19 @@ def open_trained(runs_dir: Path, name: str, *, checkpoint: str | None, device: s
         checkpoint=found.path,
         step=found.step,
         device=target,
+        precision=words,
     )
+
+
+def precision_asked(config: RunConfig, name: str | None) -> PrecisionConfig:
+    """The run's own precision, or the named one over the same adapters. Raises UserError for an unknown name."""
+    if name is None:
+        return config.precision
+    if name not in PRECISIONS:
+        raise UserError(f"--precision is {', '.join(PRECISIONS)}; got {name!r}.")
+    words = {path.removeprefix("precision."): value for path, value in PRECISIONS[name].sets.items()}
+    words |= {"adapter_rank": config.precision.adapter_rank, "bf16_weights": False}
+    return config.precision.model_copy(update=words)
 
 
 def choose(store: CheckpointStore, name: str, which: str | None) -> Checkpoint:
@@ -89,18 +112,3 @@ def _once() -> Callable[[str], None]:
             err().print(Text(text, style="yellow"), soft_wrap=True)
 
     return warn
-
-
-def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Put the checkpoint's weights into the model. CheckpointError where they are of another shape of model."""
-    tensors = checkpoint.load("model")
-    needed = {name for name, _ in model.named_parameters()}  # a tied matrix has one name here and two in state_dict
-    missing = sorted(needed - tensors.keys())
-    if missing:
-        raise CheckpointError(f"{checkpoint.path} lacks {', '.join(missing[:3])}: it was written for another model.")
-    try:
-        model.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{checkpoint.path} does not fit its own model: {str(error).splitlines()[-1].strip()}"
-        ) from error

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 OUTCOME = "outcome.json"
+OUT_OF_MEMORY = "out_of_memory"
+"""the kind of an ending in outcome.json"""
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,8 @@ def work(job: dict[str, Any]) -> None:
 
 
 def attempt(job: dict[str, Any], open_context: Callable[[], Any]) -> None:
-    """Train from wherever the run stands. `job` is plain data: config, run_dir, cache_dir, generation, threads.
+    """Train from wherever the run stands. `job` is plain data: config, run_dir, cache_dir, generation, threads, and
+    memory_limit, in bytes, where there is one.
 
     What a person must mend (bad input, a training that cannot go on) ends the job in outcome.json and is no reason to
     restart; anything else is raised, and Ray restarts the workers from the last checkpoint.
@@ -46,11 +49,13 @@ def _attempt(job: dict[str, Any], context: Any) -> None:
     from trainers.config import RunConfig
     from trainers.errors import NonFinite, Superseded, TrainingFailed, UserError
     from trainers.loop import train
+    from trainers.memory.limit import held_to, is_out_of_memory
 
     if (context.run_dir / OUTCOME).exists():  # the run ended, and a worker died after that: nothing is left to do
         return
     try:
-        train(RunConfig.model_validate(job["config"]), context)
+        with held_to(job.get("memory_limit"), job["threads"]):
+            train(RunConfig.model_validate(job["config"]), context)
     except Superseded as superseded:
         log.warning("%s", superseded)  # not into the run's folder, which is another's now
     except NonFinite as error:
@@ -58,6 +63,11 @@ def _attempt(job: dict[str, Any], context: Any) -> None:
     except (UserError, TrainingFailed) as error:
         _end_in_failure(context, f"{'bad_input' if isinstance(error, UserError) else 'training_failed'}: {error}")
     except Exception as error:
+        if is_out_of_memory(error):  # it would come back at the same place: the driver decides what is smaller
+            _end_in_failure(context, f"{OUT_OF_MEMORY}: {str(error).strip().splitlines()[0][:200]}")
+            if context.world_size == 1:
+                return
+            raise  # the other ranks wait for this one: Ray ends them
         if no_accident(context, error):
             _end_in_failure(context, f"crashed twice alike, {_told(error)} (logs/{_failure_name(context)}.txt)")
         raise

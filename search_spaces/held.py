@@ -18,7 +18,7 @@ _RECORD = "it does not change the result; set it as an override"
 HELD: tuple[tuple[str, str], ...] = (
     (r"preset|phase name", "it is a label"),
     (r"seed", "the best seed is luck; repeat every point over several seeds instead (--seeds 3)"),
-    (r"(workers|device|compile|deterministic|model\.activation_checkpointing)", _SPEED),
+    (r"(workers|device|compile|engine|parallel|deepspeed\..+|deterministic|model\.activation_checkpointing)", _SPEED),
     (r"init_from", "all trials must start from the same weights"),
     (r"tokenizer(\..+)?", "a loss per token means something else under every tokenizer"),
     (r"model\.vocab_size", "it belongs to the tokenizer, which all trials share"),

@@ -86,8 +86,6 @@ def _precision(value: Value) -> dict[str, Any]:
     precision = PRECISIONS.get(value) if isinstance(value, str) else None
     if precision is None:
         raise ConfigError(f"precision: must be one of {', '.join(PRECISIONS)}, got {value!r}.")
-    if not precision.sets:
-        raise ConfigError(f"precision={value}: {precision.not_built}.")
     return dict(precision.sets)
 
 

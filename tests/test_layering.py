@@ -35,19 +35,23 @@ DOORS: dict[str, tuple[str, ...]] = {
         *("orchestrator/ray_cluster.py", "orchestrator/ray_trainer.py", "orchestrator/worker.py"),
         *("orchestrator/sweeps/tuning.py", "cluster/"),
     ),
-    "deepspeed": ("trainers/deepspeed_engine.py",),
-    "bitsandbytes": ("trainers/precision.py",),
+    "deepspeed": ("trainers/deepspeed_engine.py", "trainers/deepspeed_state.py"),
+    "bitsandbytes": ("trainers/optim_8bit.py", "trainers/nf4.py"),
+    "peft": ("trainers/adapters.py",),
 }
 # imported by trainers only inside the function that needs it
 OPTIONAL = {"tokenizers", "sentencepiece", "datasets", "pyarrow", "zstandard", "deepspeed", "bitsandbytes", "peft"}
 # no torch and no numpy: valid or invalid alike on every machine, in milliseconds
 PLAIN = (
-    *("config", "config_fields", "config_model", "config_data", "config_training", "config_io", "config_paths"),
+    *("compatibility", "config", "config_engine", "config_fields", "config_model", "config_data", "config_training"),
+    *("config_io", "config_paths", "deepspeed_config"),
     *("yaml12", "presets", "guide", "guide_words"),
     *("budget", "schedules", "identity", "errors"),
 )
 # the modules of trainers that search_spaces knows
-KNOWN_TO_SPACES = ("trainers.config", "trainers.errors", "trainers.presets", "trainers.yaml12")
+KNOWN_TO_SPACES = (
+    *("trainers.config", "trainers.compatibility", "trainers.errors", "trainers.presets", "trainers.yaml12"),
+)
 # the only file of trainers/data that may import torch at run time: text is prepared without it
 DATA_WITH_TORCH = "trainers/data/loader.py"
 
@@ -138,7 +142,7 @@ def test_every_file_keeps_to_its_room() -> None:
         ("trainers/config.py", "def f():\n    import torch", True),
         ("trainers/presets/codelm.py", "import numpy as np", True),
         ("trainers/configs_of_torch.py", "import torch", False),
-        ("trainers/precision.py", "def f():\n    import bitsandbytes", False),
+        ("trainers/optim_8bit.py", "def f():\n    import bitsandbytes", False),
         ("trainers/engine.py", "def f():\n    import bitsandbytes", True),
         ("orchestrator/tracking.py", "import mlflow", False),
         ("orchestrator/plots.py", "def f():\n    import mlflow", True),

@@ -6,10 +6,8 @@ standard input does, so that no probe outlives the process that started it, what
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import re
 import statistics
 import sys
 import threading
@@ -18,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from trainers.memory.limit import Memory, is_out_of_memory, memory_of
 
 if TYPE_CHECKING:
     import torch
@@ -29,12 +29,8 @@ if TYPE_CHECKING:
 
 MICRO_BATCHES = 2  # of each step: only from the second on do gradients stand in memory beside activations
 WARM_UP = 2  # steps that are not timed: memory comes from the system, caches fill
+PRODUCT_WIDTH, PRODUCTS = {"cuda": 8192, "cpu": 1024}, 12  # of matrix products, the first two not timed
 PATIENCE_S = 30.0  # once the timed steps have taken this long, those there are suffice
-SLACK_BYTES = 512 << 20  # address space beyond the memory that counts: what is set aside and never touched
-THREAD_BYTES = 136 << 20  # of address space: a thread's stack and its malloc arena
-OUT_OF_MEMORY = re.compile(
-    r"out of memory|not enough memory|n.t allocate memory|bad_alloc|could not create a memory|ALLOC_FAILED", re.I
-)
 
 Fate = Literal["ok", "out of memory", "killed", "not tried"]
 
@@ -55,6 +51,8 @@ class Job:
     limit_bytes: int | None
     """memory of the process on the CPU, of the device on CUDA; None: what the CUDA device has free"""
     threads: int
+    products: bool = False
+    """measure the rate of matrix products too"""
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,8 @@ class Probe:
     """CUDA: what the allocator held at most, unused blocks included"""
     limit_bytes: int | None = None
     device: str = ""
+    product_flops: float | None = None
+    """FLOP/s of a large matrix product in the run's arithmetic, where it was asked for"""
 
     @property
     def fits(self) -> bool:
@@ -123,10 +123,12 @@ def measure(job: Job) -> Probe:
     torch.set_num_threads(job.threads)
     config = probe_config(job)
     device = resolve_device(config.device)
-    memory = CudaMemory(device, job.limit_bytes) if device.type == "cuda" else ProcessMemory(job)
+    memory = memory_of(device, job.limit_bytes, job.threads)
     found: dict[str, Any] = {"device": device.type, "limit_bytes": memory.limit_bytes}
     try:
         found |= _measure(config, job, memory)
+        if job.products:
+            found["product_flops"] = product_flops(config.precision.compute, device)
         return Probe(job.micro, "ok", **found)
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_out_of_memory(error):
@@ -176,6 +178,23 @@ def _measure(config: RunConfig, job: Job, memory: Memory) -> dict[str, Any]:
     }
 
 
+def product_flops(compute: str, device: torch.device) -> float:
+    """FLOP/s of a square matrix product of random numbers (zeros would draw less power and run faster)."""
+    import torch
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[compute]
+    width, wait = PRODUCT_WIDTH["cuda" if device.type == "cuda" else "cpu"], _waiting_for(device)
+    left, right = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(PRODUCTS):
+        wait()
+        began = time.perf_counter()
+        left @ right
+        wait()
+        seconds.append(time.perf_counter() - began)
+    return 2 * width**3 / statistics.median(seconds[2:])
+
+
 def _timed_steps(run: Run, phase: ActivePhase, steps: int) -> tuple[list[float], list[float]]:
     """Seconds of forward and backward over all micro-batches, and of the update, of each timed step."""
     wait = _waiting_for(run.device)
@@ -211,102 +230,6 @@ def _waiting_for(device: torch.device) -> Callable[[], None]:
     if device.type == "cuda":
         return lambda: torch.cuda.synchronize(device)
     return torch.mps.synchronize if device.type == "mps" else lambda: None
-
-
-# ---- memory -------------------------------------------------------------------------------------------------
-
-
-class ProcessMemory:
-    """The resident memory of this process, and address space as a belt against taking much more than the limit.
-
-    On Apple's MPS the GPU's memory is the machine's; it is counted like the CPU's, which the authors could not try.
-    """
-
-    def __init__(self, job: Job):
-        assert job.limit_bytes is not None, "a probe on the CPU has a limit"
-        self.limit_bytes: int = job.limit_bytes
-        self._threads = job.threads
-        self._lifted: tuple[int, int] | None = None
-
-    def hold_to_limit(self) -> None:
-        """From now on asking for much more than the limit fails, instead of taking it. MemoryError if it is taken."""
-        import resource
-
-        resident, reserved = _status("VmRSS"), _status("VmSize")
-        if resident is None or reserved is None:
-            return  # no /proc: macOS, whose kernel does not heed RLIMIT_AS either
-        if resident > self.limit_bytes:
-            raise MemoryError(f"out of memory before the first step: {resident} bytes are taken")
-        room = self.limit_bytes - resident + SLACK_BYTES + self._threads * THREAD_BYTES
-        self._lifted = resource.getrlimit(resource.RLIMIT_AS)
-        hard = self._lifted[1]
-        soft = reserved + room if hard == resource.RLIM_INFINITY else min(reserved + room, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-    def lift(self) -> None:
-        """The belt off: the answer has to be written."""
-        import resource
-
-        if self._lifted is not None:
-            resource.setrlimit(resource.RLIMIT_AS, self._lifted)
-
-    def peak(self) -> int:
-        """Bytes resident at most so far. Not ru_maxrss on Linux, where a child begins with its parent's."""
-        import resource
-
-        seen = _status("VmHWM")
-        return seen if seen is not None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-    def reserved(self) -> int | None:
-        return None
-
-
-class CudaMemory:
-    """The memory of one CUDA device that torch's allocator takes."""
-
-    def __init__(self, device: torch.device, limit_bytes: int | None):
-        import torch
-
-        self._device = device
-        free, total = torch.cuda.mem_get_info(device)
-        self.limit_bytes: int = limit_bytes or free
-        torch.cuda.set_per_process_memory_fraction(min(1.0, self.limit_bytes / total), device)
-
-    def hold_to_limit(self) -> None:
-        """The allocator has kept to it from the start."""
-
-    def lift(self) -> None:
-        """Nothing to take off: the answer needs no device memory."""
-
-    def peak(self) -> int:
-        import torch
-
-        return torch.cuda.max_memory_allocated(self._device)
-
-    def reserved(self) -> int | None:
-        import torch
-
-        return torch.cuda.max_memory_reserved(self._device)
-
-
-Memory = ProcessMemory | CudaMemory
-
-
-def _status(field: str) -> int | None:
-    """Bytes, from /proc/self/status; None where there is none."""
-    try:
-        text = Path("/proc/self/status").read_text()
-    except FileNotFoundError:
-        return None
-    found = re.search(rf"^{field}:\s*(\d+) kB", text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch, of its libraries or of the system says that memory was refused."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
 
 
 if __name__ == "__main__":

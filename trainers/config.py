@@ -12,7 +12,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from trainers.compatibility import conflicts
 from trainers.config_data import DataConfig, SourceConfig, SplitConfig, TokenizerConfig
+from trainers.config_engine import DeepSpeedConfig, EngineName, ParallelName, engine_conflicts
 from trainers.config_fields import NAME_PATTERN, Frozen, PositiveInt
 from trainers.config_model import ModelConfig, ModelSwitches
 from trainers.config_training import (
@@ -35,6 +37,7 @@ __all__ = [
     "BudgetConfig",
     "CheckpointConfig",
     "DataConfig",
+    "DeepSpeedConfig",
     "EarlyStoppingConfig",
     "EvaluationConfig",
     "Frozen",
@@ -95,6 +98,9 @@ class RunConfig(Frozen):
     workers: PositiveInt = 1
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     compile: bool = False
+    engine: EngineName = "torch"  # who takes the steps
+    parallel: ParallelName = "ddp"  # several workers of engine=torch: a copy on each, or fsdp: a slice (FSDP2)
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()  # engine=deepspeed
     init_from: str | None = None  # a finished run whose weights this one starts from
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -196,6 +202,23 @@ class RunConfig(Frozen):
                 "precision.compute=fp16 on device=cpu is about 30 times slower than fp32 (a CPU has no fp16 "
                 "arithmetic): set precision.compute=fp32 or bf16, or device=cuda."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _precision_fits_together(self) -> RunConfig:
+        optims = [self.optim, *(phase.optim for phase in self.phases if phase.optim is not None)]
+        found = conflicts(self.precision, optims, device=self.device, init_from=self.init_from)
+        if found:
+            raise ValueError("\n".join(found))
+        return self
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> RunConfig:
+        if self.engine == "torch" and self.parallel == "ddp" and self.deepspeed == DeepSpeedConfig():
+            return self
+        found = engine_conflicts(self)
+        if found:
+            raise ValueError("\n".join(found))
         return self
 
     @model_validator(mode="after")

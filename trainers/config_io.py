@@ -21,8 +21,18 @@ from trainers.errors import ConfigError
 FINGERPRINT_VERSION = 1  # raise it when the same fields come to mean another result
 
 # What does not change the weights. Corpora count by their content (`data_hashes`), wherever they lie.
-NOT_FINGERPRINTED = re.compile(r"preset|(logging|checkpoint|samples)\..+|(phases\.\d+\.)?data\.sources\.\d+\.corpus")
+NOT_FINGERPRINTED = re.compile(
+    r"preset|workers|engine|parallel|(deepspeed|logging|checkpoint|samples)\..+|(phases\.\d+\.)?data\.sources\.\d+\.corpus"
+)
 
+# Fields younger than runs that may go on: at these values they change nothing, and count only at others.
+ADDED: dict[str, Any] = {
+    "optim.beta3": 0.9999, "optim.slow_weight": 5.0, "optim.min_8bit_size": 4096, "optim.paged": False,
+    "precision.weights": "native", "precision.optimizer_state": "fp32", "precision.bf16_weights": False,
+    "precision.tf32": False, "precision.adapter_rank": 0, "precision.adapter_alpha": 32.0,
+}  # fmt: skip
+
+_OF_A_PHASE = re.compile(r"^phases\.\d+\.")
 _INHERITED = ("data", "budget", "schedule", "optim")  # what a phase takes from the run where it is silent
 
 
@@ -296,10 +306,19 @@ def fingerprint_fields(config: RunConfig, data_hashes: Sequence[str], init_hash:
     `data_hashes` stand for the corpora and `init_hash`, where given, for the run it starts from: content, not paths.
     """
     every = _flat(config.model_dump(mode="json"))
-    fields = {path: value for path, value in every if not NOT_FINGERPRINTED.fullmatch(path)}
+    fields = {
+        path: value
+        for path, value in every
+        if not NOT_FINGERPRINTED.fullmatch(path) and not _is_new_default(path, value)
+    }
     if init_hash:
         fields["init_from"] = init_hash
     return fields | {f"data.hashes.{index}": value for index, value in enumerate(data_hashes)}
+
+
+def _is_new_default(path: str, value: Any) -> bool:
+    plain = _OF_A_PHASE.sub("", path)
+    return plain in ADDED and bool(ADDED[plain] == value)
 
 
 def fingerprint(config: RunConfig, data_hashes: Sequence[str], init_hash: str = "") -> str:

@@ -83,11 +83,13 @@ def element_types(annotation: Any) -> tuple[Any, ...] | None:
 
 
 def is_text(annotation: Any) -> bool:
-    """True for fields that hold nothing but text (a choice of words included)."""
-    return all(
-        option is str or option is type(None) or typing.get_origin(option) is typing.Literal
-        for option in _options(annotation)
-    )
+    """True for fields that hold nothing but text (a choice of words included, one of numbers not)."""
+    return all(option is str or option is type(None) or _is_words(option) for option in _options(annotation))
+
+
+def _is_words(option: Any) -> bool:
+    words = typing.get_origin(option) is typing.Literal
+    return words and all(isinstance(each, str) for each in typing.get_args(option))
 
 
 def allows_null(annotation: Any) -> bool:

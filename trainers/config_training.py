@@ -36,10 +36,12 @@ class BudgetConfig(Frozen):
 
 
 class OptimConfig(Frozen):
-    name: Literal["adamw", "adam", "sgd", "rmsprop"] = "adamw"
+    name: Literal["adamw", "adam", "sgd", "rmsprop", "lion", "ademamix"] = "adamw"  # the last two by bitsandbytes
     lr: PositiveFloat = 3e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
+    beta3: Fraction = 0.9999  # ademamix: of its slow average
+    slow_weight: NonNegativeFloat = 5.0  # ademamix: the slow average's weight beside the fast one's (its alpha)
     momentum: Fraction = 0.9  # sgd and rmsprop
     alpha: Fraction = 0.9  # rmsprop's averaging
     weight_decay: NonNegativeFloat = 0.01
@@ -48,6 +50,8 @@ class OptimConfig(Frozen):
     label_smoothing: Fraction = 0.0
     on_nonfinite: Literal["skip", "raise", "stop"] = "skip"  # what a non-finite loss or gradient does
     nonfinite_limit: PositiveInt = 10  # this many in a row end the run under skip
+    min_8bit_size: Annotated[int, Field(ge=0)] = 4096  # int8 state: smaller tensors (in values) keep 32 bits
+    paged: bool = False  # int8 state in memory that CUDA moves to the CPU when it runs short; the CPU's is there anyway
 
 
 class ScheduleConfig(Frozen):
@@ -63,7 +67,19 @@ class ScheduleConfig(Frozen):
 
 
 class PrecisionConfig(Frozen):
+    """Three independent words: what is computed in, what the weights are, what the optimizer keeps.
+
+    `--precision fp32|fp16|bf16|int8|int4` are names for combinations (search_spaces/precisions.py); which of them go
+    together is in trainers/compatibility.py.
+    """
+
     compute: Literal["fp32", "fp16", "bf16"] = "fp32"
+    weights: Literal["native", "int8", "nf4"] = "native"  # int8: linear layers multiply int8; nf4: a frozen 4-bit base
+    optimizer_state: Literal["fp32", "int8"] = "fp32"
+    bf16_weights: bool = False  # weights and gradients kept in bf16, updates rounded stochastically; else fp32
+    tf32: bool = False  # on CUDA: what is left of fp32 matrix products with 10 bits of mantissa
+    adapter_rank: Annotated[int, Field(ge=0)] = 0  # LoRA adapters over frozen weights; 0: all weights are trained
+    adapter_alpha: PositiveFloat = 32.0  # adapters count alpha / rank times
 
 
 class EvaluationConfig(Frozen):

@@ -6,7 +6,9 @@ import os
 
 import torch
 
-from trainers.config import PrecisionConfig
+from trainers.compatibility import check_packages
+from trainers.config import PrecisionConfig, RunConfig
+from trainers.deepspeed_config import check_deepspeed
 from trainers.errors import ConfigError, UserError
 
 
@@ -42,6 +44,13 @@ def _cuda(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def check_machine(config: RunConfig, device: torch.device | str) -> None:
+    """Refuse a precision that `device` cannot do or that needs a package this machine lacks: ConfigError."""
+    check_precision(config.precision, device)
+    check_packages(config.precision, [phase.optim for phase in config.resolved_phases()])
+    check_deepspeed(config, device if isinstance(device, str) else device.type)
+
+
 def check_precision(precision: PrecisionConfig, device: torch.device | str) -> None:
     """Refuse a compute precision that `device` (a device, or its type as text) cannot sensibly do: ConfigError.
 
@@ -53,6 +62,15 @@ def check_precision(precision: PrecisionConfig, device: torch.device | str) -> N
             "precision.compute=fp16 on a CPU is about 30 times slower than fp32: CPUs have no fast fp16 arithmetic. "
             "Use precision.compute=bf16 (faster than fp32 on recent CPUs) or fp32."
         )
+    if precision.tf32 and kind != "cuda":
+        raise ConfigError(f"precision.tf32 is arithmetic of CUDA GPUs, not of this {kind} device: leave it out.")
+    if precision.weights == "int8" and kind == "mps":
+        raise ConfigError("precision.weights=int8 has no kernels on MPS: set precision.weights=native.")
+    if kind == "mps" and (precision.weights == "nf4" or precision.optimizer_state == "int8"):
+        raise ConfigError(
+            "bitsandbytes has no kernels for MPS: set precision.weights=native and precision.optimizer_state=fp32, "
+            "or device=cpu."
+        )
     if precision.compute == "bf16" and isinstance(device, torch.device) and kind == "cuda":
         with torch.cuda.device(device):
             supported = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -61,6 +79,12 @@ def check_precision(precision: PrecisionConfig, device: torch.device | str) -> N
                 f"precision.compute=bf16 needs compute capability 8.0, and {torch.cuda.get_device_name(device)} has "
                 f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}. Use precision.compute=fp16 or fp32."
             )
+
+
+def set_tf32(enabled: bool) -> None:
+    """Let fp32 matrix products on CUDA round their factors to TF32 (10 bits of mantissa), or not, in this process."""
+    torch.backends.cuda.matmul.allow_tf32 = enabled
+    torch.backends.cudnn.allow_tf32 = enabled
 
 
 def set_determinism(enabled: bool) -> None:

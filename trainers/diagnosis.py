@@ -29,9 +29,9 @@ def account(run: Run, phase: ActivePhase, batches: Sequence[Batch]) -> str:
     """
     per_step = run.config.sequences_per_step
     first = (run.progress.phase_step - 1) * per_step
-    place, found = diagnose(
-        run.engine.module, [partial(_loss, run, phase, index, batch) for index, batch in enumerate(batches)]
-    )
+    with run.engine.whole() as model:
+        losses = [partial(_loss, run, phase, model, index, batch) for index, batch in enumerate(batches)]
+        place, found = diagnose(model, losses)
     if place is not None:
         per_rank, rows = per_step // run.ctx.world_size, len(batches[place].tokens)
         first += run.rank * per_rank + place * rows
@@ -39,12 +39,12 @@ def account(run: Run, phase: ActivePhase, batches: Sequence[Batch]) -> str:
     return f"Sequences {first:,} to {first + per_step - 1:,} of phase {phase.name!r}: {found}"
 
 
-def _loss(run: Run, phase: ActivePhase, index: int, batch: Batch) -> Tensor:
+def _loss(run: Run, phase: ActivePhase, model: nn.Module, index: int, batch: Batch) -> Tensor:
     """The loss of a micro-batch of the last step, dropout and all."""
     if phase.draws_noise:
         torch.manual_seed(stream_seed(run.config.seed, "dropout", run.progress.step - 1, index, run.rank))
     with autocast(run.engine.precision, run.device):
-        return run.objective.loss(run.engine.module, run.to_device(batch), run.streams.enter(index, batch)).total
+        return run.objective.loss(model, run.to_device(batch), run.streams.enter(index, batch)).total
 
 
 def diagnose(model: nn.Module, losses: Sequence[Callable[[], Tensor]]) -> tuple[int | None, str]:

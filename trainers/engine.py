@@ -15,13 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainers.adapters import kept_parameters
 from trainers.config import OptimConfig, PrecisionConfig
 from trainers.devices import set_determinism
 from trainers.errors import CheckpointError, ConfigError
 from trainers.gradient_sync import data_parallel
 from trainers.incidents import DeviceIncidents, HostIncidents
-from trainers.optim import build_optimizer, parameter_groups
+from trainers.optim import build_optimizer, heeds_found_inf, parameter_groups, state_tensors
 from trainers.precision import LossScaler, autocast
+from trainers.shards import Shards
 
 NamedTensors = dict[str, Tensor]
 
@@ -37,7 +39,7 @@ class Update:
 
 
 class TorchEngine:
-    """A model, its optimizer and, with several workers, DistributedDataParallel.
+    """A model, its optimizer and, with several workers, DistributedDataParallel, or FSDP2 where it is `sharded`.
 
     A step is some micro-batches and one update:
 
@@ -50,7 +52,7 @@ class TorchEngine:
     a bad loss makes its gradients NaN, the all-reduce carries those to every rank, so every rank finds the same norm.
     Under fp16 a finite loss whose gradients overflow is no incident: it halves the loss scale.
     On the CPU (and MPS) the host decides. On CUDA the fused optimizer decides on the device and the host never waits
-    for it; only rmsprop, which has no fused kernel, waits at every update.
+    for it; optimizers without a fused kernel (rmsprop, those of bitsandbytes) wait at every update.
     """
 
     def __init__(
@@ -63,16 +65,18 @@ class TorchEngine:
         world_size: int,
         compile: bool,
         deterministic: bool,
+        sharded: bool = False,
     ) -> None:
         set_determinism(deterministic)
         self.module = model
-        """the bare model: its state, evaluation, generation"""
+        """the bare model: its state; `whole` is for evaluation and generation"""
         self.device = device
         self.world_size = world_size
         self.precision = precision
         self.scaler = LossScaler(device) if precision.compute == "fp16" else None
         self._bad_loss = torch.tensor(False, device=device)  # of any micro-batch since the last update; fp16 only
-        self._ddp = data_parallel(model, device) if world_size > 1 else None
+        self._shards = Shards(model) if sharded and world_size > 1 else None
+        self._ddp = data_parallel(model, device) if world_size > 1 and not sharded else None
         self._forward: nn.Module = self._ddp or model
         if compile:
             self._forward = cast(nn.Module, torch.compile(self._forward))
@@ -88,10 +92,13 @@ class TorchEngine:
         # in the order of model.parameters(), as a plain loop would clip them: the order is part of the norm's bits
         self._parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         # Walking the modules takes longer than copying small ones, and a save should not.
-        self._named = list(self.module.named_parameters())
+        self._named = kept_parameters(self.module)
         self._buffers = self.module.state_dict().keys() & {name for name, _ in self.module.named_buffers()}
         self._names = {id(parameter): name for name, parameter in self._named}
-        self.optimizer = build_optimizer(groups, optim, self.device)
+        self.optimizer = build_optimizer(groups, optim, self.device, self.precision)
+
+    def close(self) -> None:
+        """Nothing to let go of."""
 
     # ---- a step ---------------------------------------------------------------------------------
 
@@ -99,6 +106,8 @@ class TorchEngine:
     def micro_batch(self, *, last: bool) -> Iterator[nn.Module]:
         """The module to call for one forward; ranks exchange gradients only in the backward of the `last`."""
         quiet = nullcontext() if self._ddp is None or last else self._ddp.no_sync()
+        if self._shards is not None:
+            self._shards.exchange(last)
         with quiet, autocast(self.precision, self.device):
             yield self._forward
 
@@ -110,8 +119,7 @@ class TorchEngine:
         targets) / step_targets however they were spread. With one rank this is total / step_targets, whose gradient
         has the bits of F.cross_entropy(..., reduction="mean").
         """
-        assert step_targets > 0, "a step without a single scored target"
-        return total / (step_targets / self.world_size)
+        return rank_part(total, step_targets, self.world_size)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`; to be called inside micro_batch. A non-finite loss makes them NaN."""
@@ -141,8 +149,10 @@ class TorchEngine:
     def _clip(self, gradients: list[Tensor]) -> Tensor:
         limit = self._optim.clip_norm
         if limit is None:
-            return torch.nn.utils.get_total_norm(gradients)
-        return torch.nn.utils.clip_grad_norm_(self._parameters, limit)
+            norm = torch.nn.utils.get_total_norm(gradients)
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit)
+        return norm if self._shards is None else self._shards.gathered(norm)
 
     def _step_on_host(self, norm: Tensor) -> bool:
         left_out = ~torch.isfinite(norm)
@@ -154,7 +164,7 @@ class TorchEngine:
 
     def _step_on_device(self, norm: Tensor) -> Tensor:
         skipped = ~torch.isfinite(norm)
-        if self._optim.name == "rmsprop":
+        if not heeds_found_inf(self.optimizer):
             if not bool(skipped):
                 self.optimizer.step()
         else:  # the fused kernels leave everything as it is where found_inf is 1, as under torch.amp.GradScaler
@@ -201,12 +211,24 @@ class TorchEngine:
 
     # ---- state ----------------------------------------------------------------------------------
 
-    def tensors(self) -> dict[str, NamedTensors]:
-        """`model`: parameters (tied ones once) and persistent buffers; `optimizer`: `exp_avg/<parameter>` and so on.
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        """A plain module with all weights on this rank, for any use; a collective to enter."""
+        if self._shards is None:
+            yield self.module
+            return
+        with self._shards.whole() as module:
+            yield module
 
-        Live storage, no copies; the same on every rank.
+    def tensors(self) -> dict[str, NamedTensors]:
+        """`model`: parameters (tied ones once; of a model with adapters those alone) and persistent buffers;
+        `optimizer`: `exp_avg/<parameter>` and so on.
+
+        Live storage, no copies, the same on every rank; of shards whole copies on the CPU of rank 0, nothing on the
+        others. Every rank calls it.
         """
-        return {"model": self._model_tensors(), "optimizer": self._optimizer_tensors()}
+        own = {"model": self._model_tensors(), "optimizer": self._optimizer_tensors()}
+        return own if self._shards is None else self._shards.collected(own)
 
     def _model_tensors(self) -> NamedTensors:
         buffers = self.module.named_buffers() if self._buffers else ()
@@ -214,11 +236,7 @@ class TorchEngine:
         return {name: tensor.detach() for name, tensor in chain(self._named, kept)}
 
     def _optimizer_tensors(self) -> NamedTensors:
-        return {
-            f"{kind}/{self._names[id(parameter)]}": tensor
-            for parameter, state in self.optimizer.state.items()
-            for kind, tensor in state.items()
-        }
+        return state_tensors(self.optimizer, self._names)
 
     def state(self) -> dict[str, Any]:
         """JSON: what continues besides the tensors; waits for the device."""
@@ -230,21 +248,24 @@ class TorchEngine:
         Call begin_phase with the phase's settings first. Raises CheckpointError, naming the tensors, where names,
         shapes or types differ; then nothing was changed.
         """
-        copies = _pairs("model", files["model"], self._model_tensors())
+        copies = matched("model", files["model"], self._model_tensors())
         if optimizer:
-            copies += _pairs("optimizer", files["optimizer"], self._optimizer_tensors())
+            copies += matched("optimizer", files["optimizer"], self._optimizer_tensors())
             self.incidents.load(state["incidents"])
             if self.scaler is not None and state["scaler"] is not None:
                 self.scaler.load(state["scaler"])
         with torch.no_grad():
             for target, source in copies:
-                target.copy_(source)
+                if self._shards is None:
+                    target.copy_(source)
+                else:
+                    self._shards.put(target, source)
         self.optimizer.zero_grad(set_to_none=True)
 
     def begin_phase(self, optim: OptimConfig, *, keep_optimizer: bool) -> None:
         """New optimizer settings; moments start from zero unless kept. ConfigError where they cannot be kept."""
         before, kept = self._optim, self._optimizer_tensors()
-        if keep_optimizer and (before.name, bool(before.momentum)) != (optim.name, bool(optim.momentum)):
+        if keep_optimizer and not same_optimizer(before, optim):
             raise ConfigError(
                 f"hand_over=optimizer needs the same optimizer in both phases, but the phase before used "
                 f"optim.name={before.name} (momentum {before.momentum:g}) and this one {optim.name} "
@@ -252,11 +273,22 @@ class TorchEngine:
             )
         self._use(optim)
         if keep_optimizer:
-            for target, source in _pairs("optimizer", kept, self._optimizer_tensors()):
+            for target, source in matched("optimizer", kept, self._optimizer_tensors()):
                 target.copy_(source)
 
 
-def _pairs(what: str, given: Mapping[str, Tensor], own: NamedTensors) -> list[tuple[Tensor, Tensor]]:
+def rank_part(total: Tensor, step_targets: int, world_size: int) -> Tensor:
+    """A micro-batch's summed loss as this rank's part of the step's mean per target, times the ranks."""
+    assert step_targets > 0, "a step without a single scored target"
+    return total / (step_targets / world_size)
+
+
+def same_optimizer(one: OptimConfig, other: OptimConfig) -> bool:
+    """Whether both keep the same state."""
+    return (one.name, bool(one.momentum)) == (other.name, bool(other.momentum))
+
+
+def matched(what: str, given: Mapping[str, Tensor], own: NamedTensors) -> list[tuple[Tensor, Tensor]]:
     """(own tensor, given tensor) by name; CheckpointError where the two sets do not match."""
     missing, unknown = own.keys() - given.keys(), given.keys() - own.keys()
     problems = [f"{name} is missing" for name in sorted(missing)] + [f"{name} is unknown" for name in sorted(unknown)]

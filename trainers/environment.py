@@ -23,10 +23,11 @@ REASONS: dict[str, str] = {
     "cuda": "another CUDA version ships other kernels",
     "cudnn": "another cuDNN version ships other kernels",
     "compile": "compiled kernels are fused, and round differently",
+    "engine": "it sums the workers' gradients in another order",
 }
 
 
-def environment(device: torch.device | str, world_size: int, compile: bool) -> dict[str, str]:
+def environment(device: torch.device | str, world_size: int, compile: bool, engine: str = "torch") -> dict[str, str]:
     """The fingerprint of the surroundings, as text by name: what must be equal for bit-equal results."""
     device = torch.device(device)
     found = {
@@ -39,6 +40,7 @@ def environment(device: torch.device | str, world_size: int, compile: bool) -> d
         "threads": str(torch.get_num_threads()),
         "world_size": str(world_size),
         "compile": str(compile).lower(),
+        "engine": engine,
     }
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)

@@ -17,6 +17,8 @@ from trainers.schedules import budget_can_grow
 
 IDENTITY = "identity.json"
 
+MICRO_BATCH = "batch.micro_sequences"
+
 _BUDGET = re.compile(r"(phases\.\d+\.)?budget\.\w+")
 
 
@@ -66,6 +68,15 @@ def only_more_budget(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
         and new[key] > old[key]
         for key in changed
     )
+
+
+def with_micro_batch_of(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """`fingerprint_fields` of a run as if it had begun with the micro-batch of `new`.
+
+    The rows of a step stay; memory decides in how many pieces they are taken. Sums are rounded otherwise, and dropout
+    draws other masks.
+    """
+    return {**old, **{key: new.get(key) for key in (MICRO_BATCH,) if key in old or key in new}}
 
 
 def refuse_more_after_early_stopping(name: str, outcome: Mapping[str, Any] | None, start: str) -> None:

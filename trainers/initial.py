@@ -33,6 +33,11 @@ def initial_checkpoint(run_dir: Path) -> Checkpoint:
     found = CheckpointStore(run_dir / "checkpoints", None).best_or_latest()
     if found is None:
         raise ConfigError(f"--init-from {run_dir}: no sound checkpoint there. `orchestrate runs` lists the runs.")
+    if found.meta.get("base") is not None:
+        raise ConfigError(
+            f"--init-from {run_dir}: it holds adapters over the weights of another run. Make one model of both first: "
+            f"orchestrate merge {run_dir.name} --name {run_dir.name}-merged"
+        )
     return found
 
 

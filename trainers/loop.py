@@ -60,8 +60,11 @@ def run_phase(run: Run, phase: ActivePhase) -> str | None:
 
         loss = forward_backward(run, phase, batches, targets)
         lr = phase.lr(progress.phase_step)
+        census = run.take_census() if progress.step == 0 else None
         update = run.engine.update(lr)
         progress.advance(targets)
+        if census is not None:
+            run.tell_census(phase, census)
 
         last = progress.phase_step == phase.steps
         evaluates = last or phase.evaluates_after(progress.phase_step, progress.step)

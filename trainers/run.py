@@ -13,6 +13,8 @@ from typing import cast
 import torch
 from torch import nn
 
+from trainers.base_weights import base_checkpoint, check_base, identified, keep_base
+from trainers.census import Census, take_census
 from trainers.checkpoint import Checkpoint, CheckpointStore
 from trainers.collective import collective
 from trainers.config import ModelConfig, RunConfig
@@ -20,9 +22,10 @@ from trainers.context import GIVEN_UP, RunContext
 from trainers.data.prepare import prepare
 from trainers.data.tokenizers import save_once
 from trainers.data.types import Batch
-from trainers.devices import check_precision, resolve_device
+from trainers.devices import check_machine, resolve_device, set_tf32
 from trainers.diagnosis import account
-from trainers.engine import TorchEngine, Update
+from trainers.engine import Update
+from trainers.engines import build_engine, engine_name
 from trainers.environment import environment, explain_difference
 from trainers.errors import CheckpointError, NonFinite
 from trainers.evaluate import evaluate
@@ -36,7 +39,8 @@ from trainers.progress import Outcome, Progress
 from trainers.record import MetricsRecord
 from trainers.samples import write_samples
 from trainers.seeds import restore_rng, rng_tensors, seed_everything, stream_seed
-from trainers.streams import Streams
+from trainers.streams import Streams, carries_streams
+from trainers.weights import prepare_weights
 
 State = dict[str, torch.Tensor]
 
@@ -54,25 +58,21 @@ class Run:
         self.progress = Progress()
 
         self.device = resolve_device(config.device, ctx.local_rank)
-        check_precision(config.precision, self.device)
+        check_machine(config, self.device)
         if self.device.type == "cuda":
+            set_tf32(config.precision.tf32)
             torch.cuda.set_device(self.device)
         self.peers = collective(ctx.world_size)
 
         self.data = prepare(config, ctx.cache_dir, run_dir=ctx.run_dir)
+        adapts = config.precision.adapter_rank > 0
+        self._base = base_checkpoint(ctx.run_dir, config.init_from) if adapts else None
         torch.manual_seed(stream_seed(config.seed, "model"))
         self.model = build(config.model, self.data.tokenizer.vocab_size)
+        prepare_weights(self.model, config.precision, self._base)
         seed_everything(config.seed, ctx.rank)
         self.objective = build_objective(config, self.phases[0])
-        self.engine = TorchEngine(
-            self.model.to(self.device),
-            optim=self.phases[0].optim,
-            precision=config.precision,
-            device=self.device,
-            world_size=ctx.world_size,
-            compile=config.compile,
-            deterministic=config.deterministic,
-        )
+        self.engine = build_engine(config, self.model.to(self.device), self.device, ctx.world_size)
         self.streams = Streams(
             cast(LanguageModel, self.model), config.micro_sequences, config.accumulation, self.device
         )
@@ -87,12 +87,13 @@ class Run:
             warn=ctx.note,
         )
         self.record: MetricsRecord | None = None
-        self._environment = environment(self.device, ctx.world_size, config.compile)
+        self._environment = environment(self.device, ctx.world_size, config.compile, engine_name(config))
         self._constant_meta = {
             "environment": self._environment,
             "model": config.model.model_dump(),
             "vocab_size": config.model.vocab_size or self.data.tokenizer.vocab_size,
             "tokenizer": self.data.tokenizer.fingerprint,
+            **({"base": identified(self._base)} if self._base else {}),
         }
         self._resumed_in_phase: Checkpoint | None = None
         self._last_save = time.monotonic()
@@ -104,6 +105,8 @@ class Run:
         """Go back to the newest sound checkpoint, or start from `init_from`, or from scratch."""
         if self.rank == 0:
             self.store.prune_staging()
+            if self._base is not None:
+                keep_base(self._base, self.ctx.run_dir)
         newest = self.store.latest() if self.rank == 0 else None
         step = self.peers.from_first(newest.step if newest else None)
         checkpoint = newest if self.rank == 0 else (self.store.at(step) if step is not None else None)
@@ -129,27 +132,40 @@ class Run:
                 f"{checkpoint.path} was trained with another tokenizer than the one its text gives now: its ids would "
                 f"mean other text. Restore the package versions of its config (MLflow's version.* tags), or start anew."
             )
+        if self._base is not None:
+            check_base(meta.get("base"), self._base, checkpoint.path)
         self.progress = Progress.from_json(meta["progress"])
         for sentence in explain_difference(meta["environment"], self._environment):
             self.ctx.note(sentence)
         self.engine.begin_phase(self.phases[self.progress.phase].optim, keep_optimizer=False)
         files = {stem: checkpoint.load(stem) for stem in ("model", "optimizer")}
         self.engine.load(files, meta["engine"], optimizer=True)
-        own = f"rank-{self.rank:05d}"
-        if own not in checkpoint.stems:
-            raise CheckpointError(
-                f"{checkpoint.path} was written by fewer workers than the {self.ctx.world_size} now at work: "
-                f"start it with the same --workers, or begin another run with --init-from."
-            )
-        tensors = checkpoint.load(own)
-        restore_rng(tensors)
-        self.streams.load(tensors)
+        self._restore_own(checkpoint)
         self._resumed_in_phase = checkpoint
+
+    def _restore_own(self, checkpoint: Checkpoint) -> None:
+        """This rank's generators and streams; a rank that there was not keeps the generators it was seeded with.
+
+        Raises CheckpointError where another number of workers would have to share out streams that rows go on from.
+        """
+        if checkpoint.world_size != self.ctx.world_size and carries_streams(checkpoint.load("rank-00000")):
+            raise CheckpointError(
+                f"{checkpoint.path} holds the runtime state of the rows of {checkpoint.world_size} workers, which "
+                f"{self.ctx.world_size} cannot share out: start it with --workers {checkpoint.world_size}, or begin "
+                f"another run with --init-from."
+            )
+        own = f"rank-{self.rank:05d}"
+        if own in checkpoint.stems:
+            tensors = checkpoint.load(own)
+            restore_rng(tensors)
+            self.streams.load(tensors)
 
     def _start_from(self, run_dir: Path) -> None:
         """Weights of a finished run; everything else is new."""
         if self.rank == 0 and (unknown := self.data.report["tokenizer"].get("unknown")):
             self.ctx.note(unknown)
+        if self._base is not None:  # the weights are there, under the adapters
+            return
         source = initial_checkpoint(run_dir)
         self.engine.load({"model": source.load("model")}, {}, optimizer=False)
 
@@ -216,6 +232,16 @@ class Run:
             raise NonFinite(f"{what}, {run_of_them} in a row.{where} The last good checkpoint stands; lower optim.lr.")
         return "nonfinite" if policy.on_nonfinite == "stop" else None
 
+    def take_census(self) -> Census:
+        """What the tensors are, to be asked for between the backward and the update."""
+        return take_census(self.model, self.engine.optimizer)
+
+    def tell_census(self, phase: ActivePhase, census: Census) -> None:
+        """Print and record it."""
+        self._write(phase, census.metrics())
+        if self.rank == 0:
+            self.ctx.note(census.sentences(self.config.precision, phase.spec.optim))
+
     def log_step(self, phase: ActivePhase, loss: torch.Tensor, targets: int, lr: float, update: Update) -> None:
         """Write this step's training metrics (waits for the device: only on logging steps)."""
         (total,) = self.peers.sum((loss.item(),))
@@ -235,9 +261,13 @@ class Run:
             return self._evaluate(phase)
 
     def _evaluate(self, phase: ActivePhase) -> bool:
+        with self.engine.whole() as model:
+            return self._evaluate_with(model, phase)
+
+    def _evaluate_with(self, model: nn.Module, phase: ActivePhase) -> bool:
         started = time.perf_counter()
         metrics = evaluate(
-            self.engine.module,
+            model,
             phase.data.validation,
             sequence_length=self.config.sequence_length,
             rows=EVALUATION_ROWS,
@@ -256,7 +286,7 @@ class Run:
             write_samples(
                 self.config.samples,
                 self.config.seed,
-                self.model,
+                model,
                 self.data.tokenizer,
                 phase.data.validation,
                 self.ctx.run_dir / "samples" / f"step-{self.progress.step:08d}.json",
@@ -291,7 +321,8 @@ class Run:
     def _files(self) -> dict[str, State]:
         """What this rank puts into a checkpoint: live tensors by file and name."""
         own = {f"rank-{self.rank:05d}": {**rng_tensors(), **self.streams.tensors()}}
-        return {**self.engine.tensors(), **own} if self.rank == 0 else own
+        whole = self.engine.tensors()  # on every rank: they may have to gather it
+        return {**whole, **own} if self.rank == 0 else own
 
     # ---- endings --------------------------------------------------------------------------------
 
@@ -331,6 +362,7 @@ class Run:
         self.store.close()
         if self.record is not None:
             self.record.close()
+        self.engine.close()
 
     def to_device(self, batch: Batch) -> Batch:
         if self.device.type == "cpu":

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 _MASK = (1 << 64) - 1
-_PURPOSES = {"model": 1, "data": 2, "dropout": 3, "sampling": 4, "python": 5}
+_PURPOSES = {"model": 1, "data": 2, "dropout": 3, "sampling": 4, "python": 5, "rounding": 6}
 
 
 def stream_seed(seed: int, purpose: str, *position: int) -> int:

@@ -104,6 +104,11 @@ class SnapshotBuffer(Generic[Key]):
                 helper.result()
 
 
+def arena_bytes(tensors: list[torch.Tensor]) -> int:
+    """Memory that a SnapshotBuffer of these tensors (`meta` ones will do) takes."""
+    return _offsets(tensors)[1]
+
+
 def _work_off(moves: deque[Move]) -> None:
     """Copy until nothing is left. Any number of threads at once: taking is atomic, and copying lets others run."""
     while moves:

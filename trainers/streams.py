@@ -12,6 +12,11 @@ from trainers.models.state import LanguageModel, State
 PREFIX = "stream/"
 
 
+def carries_streams(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether what a rank saved holds the state of streams."""
+    return any(name.startswith(PREFIX) for name in tensors)
+
+
 class Streams:
     """The state of each micro-batch's rows on this rank; for a model without any, `enter` gives None and that is all.
 

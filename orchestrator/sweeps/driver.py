@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.claimed import make_folder, say
 from orchestrator.experiment import cache_dir
+from orchestrator.memory_limit import limit_for
 from orchestrator.preflight import check_device, check_model
 from orchestrator.provenance import describe_environment
 from orchestrator.ray_cluster import ray_cluster
@@ -22,7 +23,7 @@ from orchestrator.signals import StopSignals
 from orchestrator.sweeps.desk import TrialDesk, best_of
 from orchestrator.sweeps.history import StopReason
 from orchestrator.sweeps.journal import JOURNAL, Journal, read_history
-from orchestrator.sweeps.memory import micro_limit_of
+from orchestrator.sweeps.memory import Allowed, Footprints, allowed
 from orchestrator.sweeps.population import Population
 from orchestrator.sweeps.refused import enter_refused, untold
 from orchestrator.sweeps.rules import build_rule
@@ -172,7 +173,7 @@ class SweepDriver:
         with cluster as ray, self.signals.heard():
             self.signals.leave_if_asked()
             slots = slots_of(ray, sweep, self.request)
-            self.sweep = sweep = replace(sweep, share=slots.share, micro_limit=self._micro_limit(slots))
+            self.sweep = sweep = self._within_memory(slots)
             display.status("opening MLflow")
             parent = self._open_parent(opening, slots)
             population = Population(sweep.settings, sweep.space) if sweep.settings.scheduler == "pbt" else None
@@ -199,25 +200,37 @@ class SweepDriver:
                     raise error
                 return self._conclude(desk, parent)
 
-    def _micro_limit(self, slots: Slots) -> int | None:
-        """The largest micro-batch that fits, found once in the sweep's life; on a cluster the configured one is kept,
-        since this machine is not the one that trains."""
-        sweep = self.sweep
+    def _within_memory(self, slots: Slots) -> Sweep:
+        """The sweep without the cells that cannot be trained here, decided once in its life; on a cluster everything
+        is kept, since this machine is not the one that trains."""
+        sweep = replace(self.sweep, share=slots.share, memory_limit=self.request.memory_limit)
         if os.environ.get("RAY_ADDRESS"):
-            return None
-        if "micro_limit" not in sweep.identity:
-            found = micro_limit_of(
+            return sweep
+        folder = cache_dir(sweep.runs_dir)
+        footprints = Footprints(self.data.tokenizer.vocab_size, sweep.device, folder)
+        if "memory" not in sweep.identity:
+            asked = None if self.request.memory_limit is None else f"{self.request.memory_limit}B"
+            found = allowed(
                 sweep.base,
                 sweep.space,
                 self.data,
+                limit_for(sweep.device, asked, slots.count * sweep.base.workers),
+                footprints,
                 device=sweep.device,
-                slots=slots.count,
                 threads=sweep.settings.cpus_per_trial,
-                cache_dir=cache_dir(sweep.runs_dir),
+                cache_dir=folder,
                 say=self.display.note,
             )
-            write_sweep(sweep, micro_limit=found)
-        return sweep.identity["micro_limit"]
+            taken_out = (*sweep.taken_out, *found.taken_out)
+            write_sweep(replace(sweep, taken_out=taken_out), memory=found.to_json())
+        left = Allowed.from_json(sweep.identity["memory"])
+        return replace(
+            sweep,
+            space=left.space,
+            taken_out=(*sweep.taken_out, *left.taken_out),
+            micro_limit=left.micro_limit,
+            footprints=footprints,
+        )
 
     # ---- while it runs --------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.worker import OUTCOME, attempt
+from orchestrator.worker import OUT_OF_MEMORY, OUTCOME, attempt
 from trainers.claim import Guard
 from trainers.context import STOP_REQUEST, RunFolder, request_stop, requested_stop
 from trainers.errors import TrainingFailed
@@ -218,7 +218,8 @@ class SeedRun:
             raise RuntimeError(f"{self._folder} was taken over by another command")
         kind, _, text = outcome["reason"].partition(": ")
         if outcome["state"] == "failed":
-            return Said(state="failed", reason="nonfinite" if kind == "nonfinite" else "error", message=text or kind)
+            reason = {"nonfinite": "nonfinite", OUT_OF_MEMORY: "oom"}.get(kind, "error")
+            return Said(state="failed", reason=reason, message=text or kind)
         return Said(state=outcome["state"], reason=outcome["reason"])
 
     def _train_with_workers(self, milestone: int | None) -> None:
@@ -321,6 +322,6 @@ def _common(
 
 def _kind(error: BaseException) -> str:
     """oom or error."""
-    from trainers.batch_probe import is_out_of_memory
+    from trainers.memory.limit import is_out_of_memory
 
     return "oom" if is_out_of_memory(error) else "error"

@@ -8,6 +8,9 @@ import time
 from typing import Any
 
 from orchestrator.console import count, duration, out, pairs, print_json
+from orchestrator.experiment import cache_dir
+from orchestrator.memory_limit import limit_for
+from orchestrator.sweeps.memory import MARGIN, Allowed, Footprints, is_ample, take_out
 from orchestrator.sweeps.settings import SweepSettings, build_settings
 from orchestrator.sweeps.sweep import SweepRequest
 from search_spaces.precisions import Device
@@ -37,6 +40,8 @@ def rehearse(
     settings = build_settings(draft, space.to_json(), tokens)
     per_second = measured_speed(base, report.survey.vocab_size, settings.cpus_per_trial) if device == "cpu" else None
     slots = slots_here(base, settings, request)
+    left = within_memory(base, space, report.survey.vocab_size, device, slots, request)
+    space, taken_out = left.space, (*taken_out, *left.taken_out)
     most = settings.trials * settings.seeds * settings.tokens
     expected = expected_tokens(settings)
     facts = {
@@ -57,6 +62,18 @@ def rehearse(
     else:
         _print(base, settings, facts)
     return DONE
+
+
+def within_memory(
+    base: RunConfig, space: Space, vocab_size: int, device: Device, slots: int, request: SweepRequest
+) -> Allowed:
+    """What is left of the space on this machine, by prediction. Raises UserError where nothing is."""
+    asked = None if request.memory_limit is None else f"{request.memory_limit}B"
+    limit = limit_for(device, asked, slots * base.workers)
+    if limit.bytes is None or is_ample(base, space, vocab_size, limit.bytes):
+        return Allowed(space)
+    footprints = Footprints(vocab_size, device, cache_dir(request.runs_dir))
+    return take_out(base, space, round(MARGIN * limit.bytes), footprints)
 
 
 def _print(base: RunConfig, settings: SweepSettings, facts: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from orchestrator.experiment import SWEEP, confined, write_atomically
 from orchestrator.plan import packed_tokens, plan_phase, steps_per_epoch
+from orchestrator.sweeps.memory import Footprints
 from orchestrator.sweeps.settings import SweepSettings
 from search_spaces.precisions import Device
 from search_spaces.space import Space
@@ -39,6 +40,8 @@ class SweepRequest:
     fresh: bool = False
     verbose: bool = False
     json: bool = False
+    memory_limit: int | None = None
+    """bytes that each worker of a trial may take; None: its part of what is available"""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,10 @@ class Sweep:
     micro_limit: int | None = None
     share: dict[str, int] = field(default_factory=dict)
     """of the cluster for each worker of a trial that has several (`ray_cluster.Resources`)"""
+    footprints: Footprints | None = None
+    """what its trials are predicted to take; None: nobody asked"""
+    memory_limit: int | None = None
+    """bytes that each worker may take; None: whatever there is"""
     shared_identity: dict[str, Any] = field(default_factory=dict)
     """what the identities of all trials have alike: the text and the tokenizer"""
 

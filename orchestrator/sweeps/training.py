@@ -12,6 +12,7 @@ from typing import Any
 from orchestrator.experiment import OUTCOME, Experiment, cache_dir, write_identity
 from orchestrator.provenance import describe_environment
 from orchestrator.sweeps.history import Ending, Exploit, History, StopReason, Trial, seed_names, trial_name
+from orchestrator.sweeps.memory import Footprints
 from orchestrator.sweeps.sweep import Sweep, total_steps_of
 from orchestrator.sweeps.trials import run_of
 from orchestrator.tracker import Nested, OpeningStore, Tracker
@@ -21,6 +22,7 @@ from trainers.config_io import build_config, fingerprint, fingerprint_fields, re
 from trainers.context import GIVEN_UP, STOP_REQUEST, request_stop
 from trainers.identity import read_identity, read_json
 from trainers.initial import initial_hash
+from trainers.record import series
 
 EXPLOITED = "exploited"
 """why a member's training ends when it takes over another's checkpoint"""
@@ -29,8 +31,17 @@ EXPLOITED = "exploited"
 class SeedTraining:
     """Made by `open_trial`; the claim and the MLflow run are held until `close`."""
 
-    def __init__(self, experiment: Experiment, claim: Claim, tracker: Tracker, job: dict[str, Any], seeds: int):
+    def __init__(
+        self,
+        experiment: Experiment,
+        claim: Claim,
+        tracker: Tracker,
+        job: dict[str, Any],
+        seeds: int,
+        footprints: Footprints | None = None,
+    ):
         self.folder = experiment.run_dir
+        self._config, self._footprints = experiment.config, footprints
         self.job = job
         """what the actor gets"""
         self._claim, self._tracker, self._seeds = claim, tracker, seeds
@@ -46,9 +57,18 @@ class SeedTraining:
         elif reason != "completed":
             outcome["state"] = "stopped"
         if ending is not None:
-            self._tracker.log_last(told(ending, self._seeds))
+            predicted = self._predicted() if outcome["state"] == "finished" else {}
+            self._tracker.log_last(told(ending, self._seeds) | predicted)
         self._tracker.close({**outcome, "stop_reason": reason})
         self._claim.release()
+
+    def _predicted(self) -> dict[str, float]:
+        """What a plan says of a training that has been measured (mem/peak_gib); the measurement teaches the next."""
+        if self._footprints is None:
+            return {}
+        measured = max((gib for _, gib in series(self.folder / "metrics.jsonl", "mem/peak_gib")), default=0.0)
+        self._footprints.learn(self._config, round(measured * 2**30))
+        return {"mem/predicted_gib": self._footprints.peak_bytes(self._config) / 2**30}
 
 
 def open_trial(
@@ -73,7 +93,9 @@ def open_trial(
         nested = Nested(parent_run_id, tags_of(sweep, trial, name, index), is_new=claim.generation == 1)
         tracker = Tracker(experiment, opening, say, nested)
         tracker.open()
-        seeds.append(SeedTraining(experiment, claim, tracker, _job(sweep, experiment, claim), settings.seeds))
+        seeds.append(
+            SeedTraining(experiment, claim, tracker, _job(sweep, experiment, claim), settings.seeds, sweep.footprints)
+        )
     return seeds
 
 
@@ -159,6 +181,7 @@ def _job(sweep: Sweep, experiment: Experiment, claim: Claim) -> dict[str, Any]:
         "generation": claim.generation,
         "threads": sweep.settings.cpus_per_trial,
         "tracking": {"mlflow_run_id": experiment.identity["mlflow_run_id"]},
+        "memory_limit": sweep.memory_limit,
         "workers": experiment.config.workers,
         "share": sweep.share,
     }

@@ -15,6 +15,7 @@ from search_spaces.trial import trial_config
 from trainers.config import BudgetConfig, RunConfig
 from trainers.config_io import build_config, override
 from trainers.errors import ConfigError
+from trainers.memory.fit import largest_divisor
 
 SAVED_MINUTES = 1.0
 """of training, at most, that a trial whose process is killed trains again; a shorter one saves at its end alone"""
@@ -102,4 +103,4 @@ def _dividing(config: RunConfig, limit: int) -> int:
         raise ConfigError(
             f"a batch of {config.sequences_per_step} sequences cannot be shared by {config.workers} workers."
         )
-    return next(size for size in range(min(limit, share), 0, -1) if share % size == 0)
+    return largest_divisor(share, limit)

@@ -1,8 +1,8 @@
-"""find-lr, find-batch: what to set before a long training or a sweep, measured."""
+"""find-lr, find-batch, bench: what to set before a long training or a sweep, measured."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -87,6 +87,60 @@ def find_batch(
     if dry_run:
         return say_what_it_would_do(typed.target.config, question, runs_dir, json=json)
     return run(typed, question, runs_dir, json=json)
+
+
+@options.spread
+def bench(
+    *,
+    target: options.TargetOptions,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            "--batch", metavar="ROWS,...", help="Batches to measure, in rows.", show_default="the configured one"
+        ),
+    ] = None,
+    compile: Annotated[
+        Literal["no", "yes", "both"] | None,
+        typer.Option("--compile", help="Whether models are compiled.", show_default="as configured"),
+    ] = None,
+    recompute: Annotated[
+        Literal["no", "yes", "both"] | None,
+        typer.Option("--recompute", help="Activation checkpointing.", show_default="as configured"),
+    ] = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(
+            "--memory-limit", metavar="SIZE", help="Memory of a cell, such as 2GiB.", show_default="what is available"
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", help="Timed steps of each cell.")] = 5,
+    json: options.Json = False,
+) -> int:
+    """Measure speed and memory: every combination of batch, --precision (a list too), compilation and recompute.
+
+    Each cell trains a few real steps in a process of its own; one that runs out of memory is recorded, not fatal.
+    Tokens a second, step time, peak memory beside the predicted one, what is left of the limit, and model FLOPs
+    utilisation against the matrix product measured in the same process. The table as Markdown and JSON and a picture go
+    below RUNS/.find and into MLflow, and `orchestrate plan` knows the device from then on. Needs no Ray.
+
+    [bold]Examples[/bold]
+
+      orchestrate bench fundamentallm/small --batch 8,16,32
+      orchestrate bench codelm/tiny --batch 4,8,16 --precision fp32,bf16 --compile both
+      orchestrate bench genesis/microscope --device cuda --precision bf16 --recompute both --batch 16,24,32,48,64
+
+    Exit codes: 0 done, 2 bad input, 130 stopped by Ctrl-C.
+    """
+    from dataclasses import replace
+
+    from orchestrator.bench import BenchQuestion
+    from orchestrator.bench_report import run
+    from orchestrator.memory_plan import rows_of
+
+    names = None if target.precision is None else tuple(target.precision.split(","))
+    target = replace(target, precision=None)  # of the cells, not of what they are made from
+    question = BenchQuestion(rows_of(batch), names, compile, recompute, memory_limit, steps)
+    return run(_typed(target), question, target.runs_dir.absolute(), json=json)
 
 
 def _typed(target: options.TargetOptions) -> Typed:

@@ -66,7 +66,10 @@ Workers = Annotated[
 Precision = Annotated[
     str | None,
     typer.Option(
-        "--precision", metavar="fp32|fp16|bf16", help="Arithmetic of forward and backward.", show_default="the preset's"
+        "--precision",
+        metavar="fp32|fp16|bf16|int8|int4",
+        help="What it computes in and keeps its numbers in.",
+        show_default="the preset's",
     ),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Of everything random.", show_default="42")]

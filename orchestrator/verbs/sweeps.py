@@ -151,6 +151,15 @@ class LimitOptions:
         float | None,
         typer.Option("--max-gpu-hours", metavar="X", help="... after so many GPU-hours.", show_default=False),
     ] = None
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(
+            "--memory-limit",
+            metavar="SIZE",
+            help="Memory that each worker of a trial may take, such as 4GiB: what cannot fit is left out.",
+            show_default="its part of what is available",
+        ),
+    ] = None
     then_train: Annotated[
         bool, typer.Option("--then-train", help="Train the winner at the preset's full budget afterwards.")
     ] = False
@@ -161,6 +170,7 @@ class LimitOptions:
     def request(self, runs_dir: Path) -> SweepRequest:
         """What they ask for in that folder. Raises UserError."""
         from orchestrator.experiment import confined
+        from orchestrator.memory_limit import parse_size
         from orchestrator.sweeps.sweep import SweepRequest
         from trainers.errors import UserError
 
@@ -184,6 +194,7 @@ class LimitOptions:
             fresh=self.fresh,
             verbose=self.verbose,
             json=self.json,
+            memory_limit=None if self.memory_limit is None else parse_size(self.memory_limit, "--memory-limit"),
         )
 
 

@@ -98,7 +98,12 @@ def evaluate(
     text_field: options.TextField = None,
     precision: Annotated[
         str | None,
-        typer.Option("--precision", metavar="fp32|fp16|bf16", help="Arithmetic to score in.", show_default="the run's"),
+        typer.Option(
+            "--precision",
+            metavar="fp32|fp16|bf16|int8|int4",
+            help="What to score it in.",
+            show_default="the run's",
+        ),
     ] = None,
     *,
     weights: options.WeightsOptions,

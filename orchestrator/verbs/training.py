@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from orchestrator.verbs import options
 
 if TYPE_CHECKING:
+    from orchestrator.memory_plan import MemoryQuestion
     from orchestrator.target import Target
 
 
@@ -24,6 +25,23 @@ def train(
         bool, typer.Option("--dry-run", help="Say what it would do and leave nothing behind (`orchestrate plan`).")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew as NAME-2 beside a run of that name.")] = False,
+    on_oom: Annotated[
+        Literal["stop", "shrink"],
+        typer.Option(
+            "--on-oom",
+            help="What running out of memory does: stop with the numbers, or go on from the last checkpoint with half "
+            "the micro-batch and twice the accumulation.",
+        ),
+    ] = "stop",
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(
+            "--memory-limit",
+            metavar="SIZE",
+            help="Memory that each worker may take, such as 8GiB.",
+            show_default="whatever there is",
+        ),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Ray's own log lines too.")] = False,
     json: options.Json = False,
 ) -> int:
@@ -44,6 +62,7 @@ def train(
     if dry_run:
         return _plan(target, json, name)
     from orchestrator.experiment import Request, confined
+    from orchestrator.memory_limit import parse_size
     from orchestrator.runs import check_runs_dir
 
     meant = target.resolve()
@@ -53,6 +72,8 @@ def train(
         fresh=fresh,
         verbose=verbose,
         json=json,
+        memory_limit=None if memory_limit is None else parse_size(memory_limit, "--memory-limit"),
+        shrinks=on_oom == "shrink",
     )
     if request.name is not None:
         confined(request.runs_dir, request.name)
@@ -64,17 +85,56 @@ def train(
 
 
 @options.spread
-def plan(*, target: options.TargetOptions, json: options.Json = False) -> int:
-    """Say what `train` would do: parameters, tokens, steps, checkpoints, disk.
+def plan(
+    *,
+    target: options.TargetOptions,
+    gpus: Annotated[
+        int | None,
+        typer.Option("--gpus", metavar="N", help="Plan for so many GPUs, one worker each.", show_default=False),
+    ] = None,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu-memory",
+            metavar="SIZE|CARD",
+            help="Plan for a GPU with so much memory, such as 24GiB, or for a card by name (rtx4090, a100-80, h100).",
+            show_default="what is here",
+        ),
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option("--batch", metavar="ROWS,...", help="Micro-batches to show.", show_default="the configured one"),
+    ] = None,
+    variants: Annotated[
+        bool, typer.Option("--variants", help="Other precisions, recompute and ZeRO stages too (so with --gpu-memory).")
+    ] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="Memory of every preset (or of the one named) in each precision.")
+    ] = False,
+    json: options.Json = False,
+) -> int:
+    """Say what `train` would do: parameters, tokens, steps, memory, checkpoints, disk, and time where it is known.
 
-    Opens the data (a sample of big files), trains nothing, starts nothing, leaves nothing behind.
+    Opens the data (a sample of big files), trains nothing, starts nothing, leaves nothing behind. Memory is predicted
+    by component, and the largest batch that fits is named: on this machine, or on GPUs that need not be here.
 
     [bold]Examples[/bold]
 
       orchestrate plan fundamentallm/medium --data book.txt
       orchestrate plan codelm/large batch.sequences=64 --json
+      orchestrate plan codelm/xlarge --gpus 1 --gpu-memory 24GiB --batch 1,2,4
+      orchestrate plan genesis/deep_narrow_48 --gpus 4 --gpu-memory a100-40
+      orchestrate plan --table --gpu-memory rtx4090
     """
-    return _plan(target, json, None)
+    from orchestrator.memory_plan import MemoryQuestion
+    from orchestrator.memory_plan import rows_of as rows_typed
+
+    elsewhere = gpus is not None or gpu_memory is not None
+    question = MemoryQuestion(gpus, gpu_memory, rows_typed(batch), variants or elsewhere or batch is not None)
+    question.check()
+    if table:
+        return _table(target, question, json)
+    return _plan(target, json, None, question)
 
 
 @options.spread
@@ -125,16 +185,17 @@ def presets(json: options.Json = False) -> int:
     return 0
 
 
-def _plan(target: options.TargetOptions, json: bool, name: str | None) -> int:
+def _plan(target: options.TargetOptions, json: bool, name: str | None, question: MemoryQuestion | None = None) -> int:
     from orchestrator.console import out, print_json
     from orchestrator.experiment import confined
+    from orchestrator.memory_plan import MemoryQuestion
     from orchestrator.survey_plan import plan_json, plan_tables, survey_plan
 
     meant = target.resolve()
     runs_dir = target.runs_dir.absolute()
     if name is not None:
         confined(runs_dir, name)
-    report = survey_plan(meant.config, runs_dir)
+    report = survey_plan(meant.config, runs_dir, question or MemoryQuestion())
     if json:
         print_json(plan_json(report))
         return 0
@@ -142,6 +203,23 @@ def _plan(target: options.TargetOptions, json: bool, name: str | None) -> int:
     console = out()
     for part in plan_tables(report):
         console.print(part)
+    return 0
+
+
+def _table(target: options.TargetOptions, question: MemoryQuestion, json: bool) -> int:
+    from orchestrator.console import out, print_json
+    from orchestrator.experiment import cache_dir
+    from orchestrator.preset_memory import preset_memory, preset_memory_table, table_notes
+
+    named = target.resolve().config if target.settings else None
+    found = preset_memory(named, question, cache_dir(target.runs_dir.absolute()))
+    if json:
+        print_json(found.to_json())
+        return 0
+    console = out()
+    console.print(preset_memory_table(found))
+    for note in table_notes(found):
+        console.print(f"- {note}")
     return 0
 
 

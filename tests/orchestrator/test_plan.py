@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.cli import BAD_INPUT, DONE, main
-from orchestrator.plan import PhasePlan, derive_plan, optimizer_values, scheduled_checkpoints, steps_per_epoch
+from orchestrator.plan import PhasePlan, derive_plan, scheduled_checkpoints, steps_per_epoch
 from trainers.budget import evaluation_interval, phase_steps
 from trainers.config import BudgetConfig, CheckpointConfig, EvaluationConfig, OptimConfig, RunConfig
 from trainers.config_io import override
 from trainers.errors import ConfigError, DataError
+from trainers.memory.words import optimizer_values
 from trainers.presets import PRESETS
 
 TINY = PRESETS["fundamentallm/tiny"]()

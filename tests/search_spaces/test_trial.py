@@ -48,6 +48,7 @@ def test_assignments_are_overrides_of_the_command_line() -> None:
     params = {"optim.lr": 1e-05, "model.shape": "1x180", "precision": "bf16"}
     assert assignments(params, SMALL) == [
         "optim.lr=1e-05", "model.n_layers=1", "model.d_model=180", 'precision.compute="bf16"',
+        'precision.weights="native"', 'precision.optimizer_state="fp32"', "precision.adapter_rank=0",
     ]  # fmt: skip
 
 
@@ -64,12 +65,16 @@ def test_every_resolved_path_is_a_field() -> None:
 
 def test_every_precision_is_known_and_some_can_be_had() -> None:
     assert list(PRECISIONS) == ["fp32", "bf16", "fp16", "int8", "int4"]
-    for name in ("fp32", "bf16", "fp16"):
-        config = trial_config({"precision": name}, SMALL)
-        assert (config.precision.compute, precision_of(config)) == (name, name)
-    for name in ("int8", "int4"):
-        with pytest.raises(ConfigError, match="not built yet"):
-            resolve({"precision": name}, SMALL)
+    for name in PRECISIONS:
+        base = override(SMALL, ["init_from=base"]) if name == "int4" else SMALL
+        config = trial_config({"precision": name}, base)
+        assert precision_of(config) == name
+    with pytest.raises(ConfigError, match="--init-from"):
+        trial_config({"precision": "int4"}, SMALL)
+
+
+def test_words_without_a_name_are_told_as_words() -> None:
+    assert precision_of(override(SMALL, ["precision.optimizer_state=int8"])) == "fp32/native/int8"
 
 
 # ---- shapes ---------------------------------------------------------------------------------------------

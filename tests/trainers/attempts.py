@@ -149,8 +149,8 @@ def sabotage(piece: str | None) -> None:
     if piece == "rng":
         run.restore_rng = lambda tensors: None
     elif piece == "moments":
-        load = run.TorchEngine.load
-        run.TorchEngine.load = lambda self, files, state, *, optimizer: load(self, files, state, optimizer=False)  # type: ignore[method-assign]
+        load = TorchEngine.load
+        TorchEngine.load = lambda self, files, state, *, optimizer: load(self, files, state, optimizer=False)  # type: ignore[method-assign]
     elif piece == "cursor":
         from trainers.data.loader import RowLoader
 

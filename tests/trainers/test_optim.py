@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainers.config import OptimConfig
+from trainers.config import OptimConfig, PrecisionConfig
 from trainers.optim import build_optimizer, parameter_groups
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def test_updates_have_the_bits_of_torchs_own_optimizer(name: str) -> None:
     settings: dict[str, Any] = {"name": name, "lr": 1e-2, "weight_decay": 0.1, "decay": "all"}
     config = OptimConfig.model_validate(settings)
     mine, reference = (
-        build_optimizer(parameter_groups(ours, config), config, CPU),
+        build_optimizer(parameter_groups(ours, config), config, CPU, PrecisionConfig()),
         plain(name, list(theirs.parameters())),
     )
     for step in range(5):
@@ -101,5 +101,5 @@ def loss_of(model: nn.Module, step: int) -> torch.Tensor:
 def test_fused_kernels_are_used_where_torch_has_them() -> None:
     for name, fused in (("adamw", True), ("adam", True), ("sgd", True), ("rmsprop", None)):
         config = OptimConfig(name=name)  # type: ignore[arg-type]
-        optimizer = build_optimizer(parameter_groups(build_model(), config), config, CPU)
+        optimizer = build_optimizer(parameter_groups(build_model(), config), config, CPU, PrecisionConfig())
         assert optimizer.param_groups[0].get("fused") == fused

@@ -11,7 +11,7 @@ from trainers.models.gpt import GPT
 from trainers.models.initialise import initialise
 from trainers.models.state import State
 
-__all__ = ["GPT", "State", "apply_switches", "build_model", "parameter_count"]
+__all__ = ["GPT", "State", "apply_switches", "build_model", "meta_model", "parameter_count"]
 
 
 def build_model(config: ModelConfig, vocab_size: int) -> GPT:
@@ -20,14 +20,14 @@ def build_model(config: ModelConfig, vocab_size: int) -> GPT:
     vocab_size is the tokenizer's; a larger config.vocab_size wins. ConfigError where it is smaller.
     """
     device = torch.get_default_device()
-    model = _on_meta(config, vocab_size).to_empty(device=device)  # so that every weight is drawn once, not twice
+    model = meta_model(config, vocab_size).to_empty(device=device)  # so that every weight is drawn once, not twice
     initialise(model)
     return model
 
 
 def parameter_count(config: ModelConfig, vocab_size: int) -> int:
     """Trainable parameters, a tied matrix counted once; allocates nothing. ConfigError as build_model."""
-    return sum(parameter.numel() for parameter in _on_meta(config, vocab_size).parameters())
+    return sum(parameter.numel() for parameter in meta_model(config, vocab_size).parameters())
 
 
 def apply_switches(model: nn.Module, config: ModelConfig) -> None:
@@ -51,7 +51,8 @@ def apply_switches(model: nn.Module, config: ModelConfig) -> None:
         )
 
 
-def _on_meta(config: ModelConfig, vocab_size: int) -> GPT:
+def meta_model(config: ModelConfig, vocab_size: int) -> GPT:
+    """The model on the meta device: shapes without memory. ConfigError as build_model."""
     with torch.device("meta"):
         return GPT(config, _vocabulary(config, vocab_size))
 

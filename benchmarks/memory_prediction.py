@@ -1,0 +1,230 @@
+"""Peak memory of training on the CPU, predicted before it starts and then measured: size, batch, precision, recompute.
+
+Every cell trains in a process of its own: two steps and an evaluation of the real run, the copy that a save is written
+from set aside. Judged is the peak above the process before its model is built. The cells that calibrate are none of
+those that are judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+from benchmarks.measure import Figure, report
+from benchmarks.workload import scratch
+from trainers.config import RunConfig
+from trainers.config_io import override
+from trainers.presets import PRESETS
+
+BAND = 0.08
+LEAST_GIB = 1.0
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""glibc gives back what is freed, so that a peak does not depend on what was there before"""
+VOCABULARY = 60  # characters of the text; the models' tables are larger
+
+SIZES = {
+    "gpt-25M": (
+        *("model.d_model=512", "model.n_layers=8", "model.n_heads=8", "model.context_length=256"),
+        *("model.vocab_size=2048", "model.norm=layernorm", "model.dropout=0.1"),
+    ),
+    "gpt-38M": (
+        *("model.d_model=512", "model.n_layers=12", "model.n_heads=8", "model.context_length=512"),
+        *("model.vocab_size=4096", "model.dropout=0"),
+    ),
+    "gpt-57M": (
+        *("model.d_model=768", "model.n_layers=8", "model.n_heads=12", "model.context_length=256"),
+        *("model.vocab_size=1024", "model.dropout=0"),
+    ),
+    "llama-30M": (
+        *("model.d_model=384", "model.n_layers=16", "model.n_heads=6", "model.context_length=512"),
+        *("model.vocab_size=8192", "model.dropout=0", "model.positions=rope_interleaved", "model.activation=swiglu"),
+        *("model.bias=false", "model.final_norm=rmsnorm"),
+    ),
+    "deepnorm-22M": (
+        *("model.d_model=384", "model.n_layers=12", "model.n_heads=6", "model.context_length=256"),
+        *("model.vocab_size=1024", "model.dropout=0", "model.norm=deepnorm", "model.norm_position=post"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination."""
+
+    size: str
+    rows: int
+    """of a micro-batch"""
+    precision: str
+    recompute: bool = False
+    """activation checkpointing"""
+    accumulation: int = 1
+
+    @property
+    def name(self) -> str:
+        parts = [self.size, self.precision, f"{self.rows} rows"]
+        parts += [f"x {self.accumulation}"] if self.accumulation > 1 else []
+        return " ".join(parts + (["recompute"] if self.recompute else []))
+
+    def config(self, text: Path) -> RunConfig:
+        recompute = str(self.recompute).lower()
+        return override(
+            PRESETS["fundamentallm/small"](),
+            [
+                *SIZES[self.size],
+                *(f"precision.compute={self.precision}", f"model.activation_checkpointing={recompute}"),
+                *(f"batch.sequences={self.rows * self.accumulation}", f"batch.micro_sequences={self.rows}"),
+                *("budget.steps=2", "evaluation.every_epochs=null", "evaluation.max_tokens=2048", "samples.count=0"),
+                *("checkpoint.every_minutes=null", "checkpoint.save_best=false", "device=cpu"),
+                f'data.sources=[{{"corpus": "{text}"}}]',
+            ],
+        )
+
+
+CALIBRATING = (
+    Cell("gpt-38M", 2, "fp32"),
+    Cell("gpt-57M", 4, "bf16"),
+    Cell("gpt-25M", 8, "fp32"),
+)
+JUDGED = (
+    Cell("gpt-25M", 16, "fp32"),
+    Cell("gpt-25M", 16, "bf16"),
+    Cell("gpt-25M", 8, "fp32", accumulation=2),
+    Cell("gpt-38M", 8, "fp32"),
+    Cell("gpt-38M", 8, "bf16"),
+    Cell("gpt-38M", 16, "fp32", recompute=True),
+    Cell("gpt-57M", 8, "fp32"),
+    Cell("gpt-57M", 16, "fp32", recompute=True),
+    Cell("gpt-57M", 8, "bf16", accumulation=2),
+    Cell("llama-30M", 8, "fp32"),
+    Cell("llama-30M", 8, "bf16", recompute=True),
+    Cell("llama-30M", 4, "bf16"),
+    Cell("deepnorm-22M", 16, "fp32"),
+    Cell("deepnorm-22M", 32, "bf16"),
+)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one cell took, and what was said of it."""
+
+    cell: str
+    before_bytes: int
+    """of the process, before its model is built"""
+    measured_bytes: int
+    """at most, above that"""
+    tensor_bytes: int
+    """predicted, without what the device adds"""
+    moment: str
+
+    def error(self, constant_bytes: float) -> float:
+        """Predicted over measured, less one."""
+        return (self.tensor_bytes + constant_bytes) / self.measured_bytes - 1
+
+
+# ---- a process of its own ------------------------------------------------------------------------------------
+
+
+def train_cell(config: RunConfig, cache: Path) -> tuple[int, int]:
+    """Bytes resident before the model is built, and at most above that."""
+    import torch
+
+    from trainers.data.prepare import prepare
+    from trainers.loop import forward_backward
+    from trainers.scratch import scratch_run
+
+    torch.set_num_threads(2)
+    prepare(config, cache)
+    before = status("VmRSS")
+    with scratch_run(config, cache) as (run, phase):
+        for step in range(2):
+            batches = phase.loader.micro_batches(step)
+            targets = sum(batch.n_targets for batch in batches)
+            forward_backward(run, phase, batches, targets)
+            del batches
+            run.engine.update(1e-4)
+            run.progress.advance(targets)
+        run.evaluate(phase)
+    return before, status("VmHWM") - before
+
+
+def status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def measured(cell: Cell, text: Path, cache: Path) -> tuple[int, int]:
+    """`train_cell` in a fresh process with MALLOC set."""
+    command = [sys.executable, "-m", "benchmarks.memory_prediction", "--cell", json.dumps(asdict(cell))]
+    command += ["--text", str(text), "--cache", str(cache)]
+    done = subprocess.run(command, env=os.environ | MALLOC, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, above = json.loads(done.stdout.splitlines()[-1])
+    return before, above
+
+
+def predicted(config: RunConfig) -> tuple[int, str]:
+    """Bytes of tensors at most, and when."""
+    from trainers.memory.calibration import USUAL
+    from trainers.memory.prediction import read_footprint
+
+    components = read_footprint(config, VOCABULARY, "cpu", USUAL["cpu"]).at(config.micro_sequences, config.accumulation)
+    return components.tensors, components.moment
+
+
+@contextmanager
+def text_of_characters(folder: Path) -> Iterator[Path]:
+    """A text of VOCABULARY different characters, long enough for every cell."""
+    path = folder / "text.txt"
+    alphabet = "".join(chr(0x41 + index) for index in range(VOCABULARY))
+    path.write_text("".join(alphabet[(index * 7 + index // 11) % VOCABULARY] for index in range(400_000)))
+    yield path
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one cell of either kind, not kept")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--text", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.cell:
+        print(json.dumps(train_cell(Cell(**json.loads(options.cell)).config(options.text), options.cache)))
+        return
+    count = 1 if options.quick else None
+    with scratch() as folder, text_of_characters(folder) as text:
+
+        def see(cell: Cell) -> Seen:
+            tensors, moment = predicted(cell.config(text))  # before anything of it runs
+            before, above = measured(cell, text, folder / "cache")
+            seen = Seen(cell.name, before, above, tensors, moment)
+            print(f"  {cell.name:40} {above / 2**30:.3f} GiB, tensors {tensors / 2**30:.3f}, {moment}", flush=True)
+            return seen
+
+        calibrating = [see(cell) for cell in CALIBRATING[:count]]
+        judged = [see(cell) for cell in JUDGED[:count]]
+    constant = median(seen.measured_bytes - seen.tensor_bytes for seen in calibrating)
+    figures = [Figure("constant of this device, from the calibrating cells", constant / 2**20, "MiB")]
+    for seen in judged:
+        large = seen.measured_bytes / 2**30 >= LEAST_GIB
+        figures.append(
+            Figure(
+                f"{seen.cell}: predicted {(seen.tensor_bytes + constant) / 2**30:.2f}, measured "
+                f"{seen.measured_bytes / 2**30:.2f} GiB; off by",
+                abs(seen.error(constant)),
+                "",
+                bar=BAND if large else None,
+            )
+        )
+    report("memory_prediction", figures, quick=options.quick, calibrating=calibrating, judged=judged, malloc=MALLOC)
+
+
+if __name__ == "__main__":
+    main()

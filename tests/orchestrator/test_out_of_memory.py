@@ -1,0 +1,154 @@
+"""Laws of running out of memory: it is told with numbers and a command that works, or the run goes on smaller."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.claimed import claimed
+from orchestrator.experiment import Experiment, Request, settle, write_identity
+from orchestrator.out_of_memory import accident_of, explain, shrunk
+from trainers.config import RunConfig
+from trainers.config_io import dump_yaml, override
+from trainers.errors import ConfigError, UserError
+from trainers.presets import PRESETS
+from trainers.record import series
+
+ROOT = Path(__file__).parents[2]
+ROWS, STEPS = 96, 3
+LIMIT = "700MiB"  # 96 rows of 128 logits over 8,192 tokens take 0.4 GiB three times; half of them leave room
+OUTCOME = {"state": "failed", "reason": "out_of_memory: can't allocate memory", "step": 2}
+
+
+def hungry(folder: Path) -> RunConfig:
+    """A tiny model with a large vocabulary: its logits decide."""
+    text = folder / "text.txt"
+    text.write_text(" ".join(random.Random(0).choice(["cat", "dog", "saw", "the"]) for _ in range(30_000)))
+    return override(
+        PRESETS["fundamentallm/tiny"](),
+        [
+            *("model.d_model=16", "model.n_layers=1", "model.context_length=128", "model.vocab_size=8192"),
+            *("schedule.kind=constant", "model.dropout=0", f"batch.sequences={ROWS}", f"budget.steps={STEPS}"),
+            *("evaluation.every_steps=null", "evaluation.max_tokens=512", "samples.count=0", "device=cpu"),
+            *("logging.every_steps=1", "schedule.warmup_steps=0"),
+            *("checkpoint.every_steps=1", "checkpoint.every_minutes=null"),
+            f'data.sources=[{{"corpus": "{text}"}}]',
+        ],
+    )
+
+
+def experiment_of(config: RunConfig) -> Experiment:
+    return Experiment("hungry", Path("/nowhere"), config, "f", {}, True, False)
+
+
+# ---- what is decided -----------------------------------------------------------------------------------------
+
+
+def test_half_the_rows_and_twice_the_micro_batches(tmp_path: Path) -> None:
+    config = hungry(tmp_path)
+    sizes = []
+    while (smaller := shrunk(config)) is not None:
+        assert smaller.sequences_per_step == ROWS and smaller.accumulation >= 2 * config.accumulation
+        assert smaller.micro_sequences <= config.micro_sequences // 2
+        sizes.append(smaller.micro_sequences)
+        config = smaller
+    assert sizes == [48, 24, 12, 6, 3, 1]
+
+
+def test_only_an_accident_of_memory_is_one() -> None:
+    assert accident_of(OUTCOME) == "can't allocate memory"
+    for other in (None, {"state": "stopped", "reason": "out_of_memory: x"}, {"state": "failed", "reason": "error: x"}):
+        assert accident_of(other) is None
+
+
+def test_it_is_explained_with_the_plans_numbers_and_the_next_command(tmp_path: Path) -> None:
+    config = hungry(tmp_path)
+    request = Request(tmp_path, memory_limit=700 << 20)
+    told = explain(experiment_of(config), request, 30, "cpu", OUTCOME)
+    assert "96 rows" in told and "step 2" in told and "logits 1.1 GiB" in told and "700.0 MiB" in told
+    found = re.search(r"orchestrate train hungry --runs-dir (\S+) --memory-limit 734003200B (\S+)", told)
+    assert found is not None and Path(found[1]) == tmp_path
+    micro = override(config, [found[2]]).micro_sequences
+    assert ROWS % micro == 0 and micro < ROWS
+    assert "--on-oom shrink" in told
+    alone = override(config, ["batch.sequences=1"])
+    assert "activation_checkpointing" in explain(experiment_of(alone), request, 30, "cpu", OUTCOME)
+
+
+def test_a_run_may_go_on_in_smaller_pieces_and_in_no_other_way(tmp_path: Path) -> None:
+    config, request = hungry(tmp_path), Request(tmp_path, name="hungry")
+    begun = settle(config, request, ("hash",))
+    begun.run_dir.mkdir()
+    write_identity(begun)
+    pieces = settle(override(config, ["batch.micro_sequences=8"]), request, ("hash",))
+    assert pieces.known and not pieces.extended and pieces.config.accumulation == 12
+    with claimed(pieces):
+        write_identity(pieces)
+    with pytest.raises(UserError, match="another configuration"), claimed(begun):
+        pass
+    assert settle(override(config, ["batch.micro_sequences=8", "budget.steps=9"]), request, ("hash",)).extended
+    for change in ("batch.sequences=48", "optim.lr=1"):
+        with pytest.raises(ConfigError, match="another configuration"):
+            settle(override(config, ["batch.micro_sequences=8", change]), request, ("hash",))
+
+
+# ---- with real workers against a real limit ------------------------------------------------------------------------
+
+
+def orchestrate(*words: str, code: int) -> str:
+    """What the command said, having ended with `code`."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator", *words], capture_output=True, text=True, env=environment, timeout=280
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == code, said
+    assert "Traceback" not in said
+    return said
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    return dict(series(run_dir / "metrics.jsonl", "train/loss"))
+
+
+def stored(run_dir: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run_dir / "outcome.json").read_text())
+    return found
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_against_a_limit_it_stops_with_a_command_that_works_or_shrinks(tmp_path: Path) -> None:
+    """The same losses as without a limit, to the rounding of sums; the command that was told really goes on."""
+    path = tmp_path / "hungry.yaml"
+    path.write_text(dump_yaml(hungry(tmp_path)))
+    place = ("--runs-dir", str(tmp_path / "runs"))
+    orchestrate("train", str(path), "--name", "free", *place, code=0)
+    free = losses(tmp_path / "runs/free")
+    assert sorted(free) == [1, 2, 3]
+
+    told = orchestrate("train", str(path), "--name", "held", "--memory-limit", LIMIT, *place, code=3)
+    assert "ran out of memory" in told and "The plan for it" in told
+    assert stored(tmp_path / "runs/held")["reason"].startswith("out_of_memory")
+    found = re.search(r"orchestrate (train held .*batch\.micro_sequences=\d+)", told)
+    assert found is not None, told
+    orchestrate(*shlex.split(found[1]), code=0)
+    assert losses(tmp_path / "runs/held") == pytest.approx(free, rel=1e-5)
+
+    said = orchestrate(
+        "train", str(path), "--name", "smaller", "--memory-limit", LIMIT, "--on-oom", "shrink", *place, code=0
+    )
+    assert "out of memory at 96 rows at a time" in said
+    assert stored(tmp_path / "runs/smaller")["state"] == "finished"
+    assert losses(tmp_path / "runs/smaller") == pytest.approx(free, rel=1e-5)
+    assert losses(tmp_path / "runs/smaller") != free, "the sums are the same: it did not accumulate"

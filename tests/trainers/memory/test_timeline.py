@@ -1,0 +1,148 @@
+"""The small build tells the truth: about greater depth, about other numbers of rows, about real tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from trainers.config import PrecisionConfig, RunConfig
+from trainers.config_io import override
+from trainers.data.types import Batch
+from trainers.memory.timeline import SmallBuild, Timeline, read_timeline
+from trainers.models import build_model
+from trainers.objectives import build_objective
+from trainers.precision import autocast
+from trainers.presets import PRESETS
+from trainers.weights import prepare_weights
+
+VOCABULARY = 90
+SMALL = ["model.d_model=48", "model.n_heads=4", "model.context_length=40", "model.n_layers=6"]
+CASES: dict[str, list[str]] = {
+    "gelu, dropout": ["model.dropout=0.1", "model.norm=layernorm"],
+    "rotary swiglu": [
+        *("model.dropout=0", "model.positions=rope_interleaved", "model.activation=swiglu"),
+        *("model.bias=false", "model.tie_embeddings=false"),
+    ],
+    "deepnorm in bf16": [
+        *("model.dropout=0", "model.norm=deepnorm", "model.norm_position=post", "precision.compute=bf16"),
+    ],
+    "recomputed": ["model.dropout=0", "model.activation_checkpointing=true"],
+    "recomputed in bf16, dropout": [
+        *("model.dropout=0.1", "model.activation_checkpointing=true", "precision.compute=bf16"),
+    ],
+    "smoothed labels": ["model.dropout=0", "optim.label_smoothing=0.1"],
+    "int8 products": ["model.dropout=0", "precision.weights=int8", "precision.compute=bf16", "device=cpu"],
+}
+
+
+def case(name: str) -> RunConfig:
+    return override(PRESETS["fundamentallm/small"](), [*SMALL, *CASES[name]])
+
+
+def timeline(config: RunConfig, **more: Any) -> Timeline:
+    return read_timeline(
+        config.model,
+        VOCABULARY,
+        sequence_length=config.sequence_length,
+        precision=config.precision,
+        objective=build_objective(config),
+        **more,
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_depth_is_extrapolated_exactly(name: str) -> None:
+    config = case(name)
+    layers = config.model.n_layers
+    small, whole = timeline(config), timeline(config, depth=layers)
+    assert (small.layers, whole.layers) == (3, layers)
+    for rows in (1, 4, 32):
+        for accumulates in (False, True):
+            assert small.peak(rows, layers, accumulates=accumulates).sum() == pytest.approx(
+                whole.peak(rows, layers, accumulates=accumulates).sum(), rel=1e-9
+            )
+        assert small.scoring_peak(rows, layers).sum() == pytest.approx(whole.scoring_peak(rows, layers).sum())
+        assert small.saved_bytes(rows, layers) == whole.saved_bytes(rows, layers)
+        assert small.saved_bytes(rows, layers - 1) < whole.saved_bytes(rows, layers)
+
+
+def saved_by_hooks(config: RunConfig, rows: int) -> int:
+    """What the forward pass of the real model keeps, each storage once, weights aside."""
+    model = build_model(config.model, VOCABULARY)
+    prepare_weights(model, config.precision)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    tokens = torch.zeros((rows, config.sequence_length), dtype=torch.long)
+    batch = Batch(tokens=tokens, targets=tokens.clone(), n_targets=tokens.numel(), starts=None)
+    with autocast(config.precision, torch.device("cpu")):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = build_objective(config).loss(model, batch, None)
+        assert torch.isfinite(loss.total)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_saved_is_what_hooks_see_at_full_size(name: str) -> None:
+    config = case(name)
+    law = timeline(config)
+    for rows in (2, 7):
+        assert law.saved_bytes(rows, config.model.n_layers) == saved_by_hooks(config, rows)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_peak_is_the_one_of_real_tensors_at_full_depth(name: str) -> None:
+    """The same steps on real memory, watched operation by operation."""
+    config = case(name)
+    rows, layers = 3, config.model.n_layers
+    build = SmallBuild(config.model, VOCABULARY, config.sequence_length, config.precision, build_objective(config))
+    traces = build.passes(rows).traces
+    first, later, scoring = (float(trace.living.sum((1, 2)).max()) for trace in seen_at(traces, rows))
+    law = timeline(config)
+    assert law.peak(rows, layers, accumulates=False).sum() == pytest.approx(first, rel=1e-9)
+    assert law.peak(rows, layers, accumulates=True).sum() == pytest.approx(later, rel=1e-9)
+    assert law.scoring_peak(rows, layers).sum() == pytest.approx(scoring, rel=1e-9)
+
+
+def seen_at(traces: Any, rows: int) -> Any:
+    """Traces whose parts add up to bytes: what was taken for a row's, for all rows."""
+    for trace in traces:
+        trace.living[..., 1] *= rows
+    return traces
+
+
+def test_gradients_that_stand_are_those_of_a_second_micro_batch() -> None:
+    """A later micro-batch is told from the first one; the real second one takes as much."""
+    config = case("gelu, dropout")
+    rows, layers = 3, config.model.n_layers
+    build = SmallBuild(config.model, VOCABULARY, config.sequence_length, config.precision, build_objective(config))
+    build.model.train()
+    build._record(rows, build._train)
+    gradients = sum(p.grad.numel() * 4 for p in build.model.parameters() if p.grad is not None)
+    second = build._record(rows, build._train).trace(rows)
+    real = float((second.living[..., 0] + rows * second.living[..., 1]).sum(1).max()) + gradients
+    assert timeline(config).peak(rows, layers, accumulates=True).sum() == pytest.approx(real, rel=1e-9)
+
+
+def test_recomputing_keeps_less_and_a_gpu_keeps_no_attention_weights() -> None:
+    plain, recomputed = case("gelu, dropout"), case("recomputed in bf16, dropout")
+    assert timeline(recomputed).saved_bytes(8, 24) < 0.2 * timeline(plain).saved_bytes(8, 24)
+    assert timeline(plain, kernels="cuda").saved_bytes(8, 24) < 0.7 * timeline(plain).saved_bytes(8, 24)
+    without = override(plain, ["model.dropout=0"])
+    assert timeline(without, kernels="cuda").saved_bytes(8, 24) == timeline(without).saved_bytes(8, 24)
+
+
+def test_fp16_has_the_shapes_of_bf16() -> None:
+    config = case("rotary swiglu")
+    half = [config.model_copy(update={"precision": PrecisionConfig(compute=kind)}) for kind in ("bf16", "fp16")]
+    bf16, fp16 = (timeline(each) for each in half)
+    np.testing.assert_array_equal(bf16.peak(4, 6, accumulates=True), fp16.peak(4, 6, accumulates=True))

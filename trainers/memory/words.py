@@ -1,0 +1,160 @@
+"""How many bytes a value of training state takes, by the words of the configuration: the one table of it. No torch.
+
+Weights are kept as the word of `precision` says, gradients as the weights that are trained, and the optimizer keeps
+some values for each (`optimizer_values`). ZeRO spreads them over the workers: optimizer state from stage 1, gradients
+from stage 2, weights at stage 3 (Rajbhandari et al. 2020, arXiv:1910.02054, figure 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from trainers.config import OptimConfig, PrecisionConfig, RunConfig
+
+State = Literal["weights", "gradients", "optimizer"]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How the values of a tensor are stored."""
+
+    value: float
+    """bytes of each"""
+    block: int = 0
+    """values that share one scale; 0: there are no scales"""
+    scale: float = 0.0
+    """bytes of a scale"""
+    least: int = 0
+    """tensors of fewer values stay in fp32"""
+
+    def bytes(self, values: int) -> int:
+        """Bytes of a tensor of so many values."""
+        if values < self.least:
+            return 4 * values
+        scales = math.ceil(values / self.block) * self.scale if self.block else 0.0
+        return math.ceil(values * self.value + scales)
+
+
+FP32, HALF = Kept(4), Kept(2)
+BLOCKS_OF_8_BIT = Kept(1, block=256, scale=4)
+"""bitsandbytes' 8-bit optimizers: blocks of 256 with an fp32 maximum"""
+NF4_DOUBLE = Kept(0.5, block=64, scale=1 + 4 / 256)
+"""nf4 with double quantisation: 64 values share an 8-bit scale, 256 of those another (arXiv:2305.14314, section 3)"""
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a precision keeps."""
+
+    weights: Kept = FP32
+    gradients: Kept = FP32
+    moments: Kept = FP32
+    counter: int = 4
+    """bytes of each tensor's count of steps, where the optimizer has one"""
+    adapter_rank: int = 0
+    """above 0, LoRA adapters alone are trained, over matrices that `weights` describes"""
+
+
+WEIGHTS: dict[str, Kept] = {"native": FP32, "int8": FP32, "nf4": NF4_DOUBLE}
+"""int8 is how products are computed: the master weights stay"""
+MOMENTS: dict[str, Kept] = {"fp32": FP32, "int8": BLOCKS_OF_8_BIT}
+BY_BITSANDBYTES = ("lion", "ademamix")
+
+
+def words_of(precision: PrecisionConfig, optim: OptimConfig) -> Words:
+    """What a configured precision keeps."""
+    weights, moments = WEIGHTS[precision.weights], MOMENTS[precision.optimizer_state]
+    bitsandbytes = precision.optimizer_state == "int8" or optim.name in BY_BITSANDBYTES
+    trained = HALF if precision.bf16_weights else FP32
+    return Words(
+        weights=trained if precision.bf16_weights else weights,
+        gradients=trained,
+        moments=replace(moments, least=optim.min_8bit_size) if moments.block else moments,
+        counter=8 if bitsandbytes else 4,
+        adapter_rank=precision.adapter_rank,
+    )
+
+
+# ---- the optimizer ----------------------------------------------------------------------------------------------
+
+
+def optimizer_values(optim: OptimConfig) -> int:
+    """Values of optimizer state for each weight: moments, a velocity, or none."""
+    match optim.name:
+        case "adamw" | "adam":
+            return 2
+        case "ademamix":
+            return 3
+        case "lion":
+            return 1
+        case "sgd":
+            return 1 if optim.momentum > 0 else 0
+        case "rmsprop":
+            return 2 if optim.momentum > 0 else 1
+
+
+def counts_steps(optim: OptimConfig, words: Words) -> bool:
+    """Whether each tensor has a count of steps besides; of torch's optimizers, sgd has none."""
+    return optim.name != "sgd" or words.moments != FP32
+
+
+def update_bytes(optim: OptimConfig, words: Words, tensors: Sequence[int]) -> int:
+    """What lives during an update only, for trained tensors of so many values.
+
+    Torch's foreach rmsprop makes a list of all roots; rounding to bf16 widens one tensor after another to fp32, with
+    its gradient, its noise and its new bits.
+    """
+    listed = 4 * sum(tensors) if optim.name == "rmsprop" else 0
+    return listed + (4 * 4 * max(tensors, default=0) if words.gradients == HALF else 0)
+
+
+# ---- several workers --------------------------------------------------------------------------------------------
+
+SPREAD_FROM: dict[State, int] = {"optimizer": 1, "gradients": 2, "weights": 3}
+"""the ZeRO stage from which a worker holds only its part"""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How several workers share a model's state."""
+
+    stage: int
+    """of ZeRO; FSDP2 shares out what stage 3 does"""
+    workers: int
+    half: bool = False
+    """the working weights and gradients take 2 bytes"""
+    master: bool = False
+    """an fp32 copy of the weights lies with the optimizer state"""
+    offloaded: tuple[State, ...] = ()
+    """what waits in the host's memory"""
+
+    def part(self, state: State, n_bytes: int) -> int:
+        """What one worker's device holds of `n_bytes`."""
+        if state in self.offloaded:
+            return 0
+        spread = self.stage >= SPREAD_FROM[state]
+        return math.ceil(n_bytes / self.workers) if spread else n_bytes
+
+    def words(self, words: Words) -> Words:
+        """What it makes of a precision."""
+        return replace(words, weights=HALF, gradients=HALF) if self.half else words
+
+
+ALONE = Spread(stage=0, workers=1)
+"""each worker holds everything"""
+
+
+def spread_of(config: RunConfig) -> Spread:
+    """How the engine of a run shares its state out."""
+    if config.engine == "deepspeed":
+        settings = config.deepspeed
+        offloaded: tuple[State, ...] = ("optimizer",) if settings.offload_optimizer else ()
+        offloaded += ("weights",) if settings.offload_parameters else ()
+        half = config.precision.compute != "fp32"
+        return Spread(settings.zero_stage, config.workers, half, master=True, offloaded=offloaded)
+    if config.parallel == "fsdp":
+        return Spread(3, config.workers)
+    return Spread(0, config.workers)

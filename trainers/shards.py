@@ -1,0 +1,79 @@
+"""Shards: a model whose weights, gradients and optimizer state are cut into one slice for each rank (FSDP2).
+
+Zhao et al. 2023 (arXiv:2304.11277) in the form of torch's `fully_shard`: every tensor is cut along its first
+dimension. What is saved are whole tensors, so any number of ranks cuts them anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainers.replica import Replica
+
+
+class Shards:
+    """`model` sharded in place over the default process group. A collective, and so is every method but `put`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        self._replica = Replica(model)
+        device_type = next(model.parameters()).device.type
+        mesh = init_device_mesh(device_type, (dist.get_world_size(),))
+        for unit in _units(model):
+            fully_shard(unit, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        self._model = model
+
+    def exchange(self, enabled: bool) -> None:
+        """Whether the next backward sends the gradients to their owners, or adds to those it has whole."""
+        cast(Any, self._model).set_requires_gradient_sync(enabled)
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """The whole of a tensor, on every rank."""
+        from torch.distributed.tensor import DTensor
+
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def collected(self, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """Whole copies on the CPU of rank 0, gathered one after the other; nothing on other ranks."""
+        whole: dict[str, dict[str, Tensor]] = {}
+        for stem, named in files.items():
+            for name, tensor in named.items():
+                copy = self.gathered(tensor)
+                if dist.get_rank() == 0:
+                    whole.setdefault(stem, {})[name] = copy.to("cpu")
+        return whole
+
+    def put(self, target: Tensor, whole: Tensor) -> None:
+        """This rank's slice of `whole` into `target`."""
+        from torch.distributed.tensor import DTensor
+
+        if not isinstance(target, DTensor):
+            target.copy_(whole)
+            return
+        slices = whole.chunk(dist.get_world_size(), dim=0)  # as Shard(0) cuts; there may be fewer slices than ranks
+        if dist.get_rank() < len(slices):
+            target.to_local().copy_(slices[dist.get_rank()])
+
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        """A plain module with all weights on this rank."""
+        weights = {name: self.gathered(parameter.detach()) for name, parameter in self._model.named_parameters()}
+        with self._replica.lent(weights) as module:
+            yield module
+
+
+def _units(model: nn.Module) -> Iterator[nn.Module]:
+    """What is gathered and let go of at once: the layers of the outermost lists; the rest goes with the model."""
+    for child in model.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from _units(child)
