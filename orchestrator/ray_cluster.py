@@ -47,7 +47,7 @@ def ray_cluster(workers: int, *, verbose: bool, log_path: Path, ahead: Sequence[
     if address:
         ray.init(address=address, log_to_driver=verbose, logging_level=_level(verbose), configure_logging=True)
     else:
-        with _started_ahead(ahead):
+        with _started_ahead(ahead), _few_processes():
             ray.init(
                 address="local",
                 num_cpus=max(workers, usable_cpus()),
@@ -68,7 +68,12 @@ def ray_cluster(workers: int, *, verbose: bool, log_path: Path, ahead: Sequence[
 @contextlib.contextmanager
 def _started_ahead(modules: Sequence[str]) -> Iterator[None]:
     """A raylet that is started inside makes processes that import `modules` before anybody asks for them."""
-    settings = {"RAY_enable_worker_prestart": "1", "RAY_preload_python_modules": ",".join(modules)} if modules else {}
+    settings = {
+        "RAY_enable_worker_prestart": "1",
+        "RAY_preload_python_modules": ",".join(modules),
+        "RAY_idle_worker_killing_time_threshold_ms": "60000",  # Ray would end idle ones after a second
+    }
+    settings = settings if modules else {}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
@@ -78,6 +83,26 @@ def _started_ahead(modules: Sequence[str]) -> Iterator[None]:
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _few_processes() -> Iterator[None]:
+    """A head that is started inside has no API server, which ray.init would wait for although it serves no dashboard,
+    and no autoscaler: each takes a second of a CPU just when the workers want it (ray 2.60)."""
+    from ray._private import ray_constants
+    from ray._private.node import Node
+
+    def say_there_is_none(node: Any, **_: Any) -> None:
+        node._webui_url = ""  # as Ray says it; who joins the cluster asks for it
+        space = ray_constants.KV_NAMESPACE_DASHBOARD
+        node.get_gcs_client().internal_kv_put(b"webui:url", b"", True, space)
+
+    kept = Node.start_api_server, Node.start_monitor
+    Node.start_api_server, Node.start_monitor = say_there_is_none, lambda node: None
+    try:
+        yield
+    finally:
+        Node.start_api_server, Node.start_monitor = kept
 
 
 def resources_per_worker(ray: Any, workers: int, device: str) -> Resources:

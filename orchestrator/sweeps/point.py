@@ -34,9 +34,12 @@ LAST_WORDS_S = 120.0  # for a training that was told to stop to save where it st
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PointJob:
-    """What an actor needs to train a point; plain values, so that Ray can carry it."""
+    """What an actor needs to train a point; plain values, so that Ray can carry it.
+
+    To Tune it is one opaque value: of a dictionary it would keep statistics, a few for every number in it.
+    """
 
     number: int
     seeds: list[dict[str, Any]]
@@ -48,8 +51,8 @@ class PointJob:
     until: int | None = None
     """tokens at which a member of a population rests until its next round"""
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    def __repr__(self) -> str:
+        return f"point-{self.number}"
 
 
 @dataclass

@@ -93,7 +93,7 @@ def _take_started_processes() -> None:
 
 
 def _name(trial: Any) -> str:
-    return f"point-{trial.config['job']['number']}"
+    return f"point-{trial.config['job'].number}"
 
 
 @dataclass(frozen=True)
@@ -125,15 +125,16 @@ def _actor(together: Together) -> Any:
 
         def setup(self, config: dict[str, Any]) -> None:
             together.wait()
-            self._point = PointRun(PointJob(**config["job"]))
+            self._point = PointRun(config["job"])
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
             if not self._point.end():
                 return False  # it still trains: the process cannot be used again
-            self._point = PointRun(PointJob(**new_config["job"]))
+            self._point = PointRun(new_config["job"])
             return True
 
         def step(self) -> dict[str, Any]:
+            self.config = {}  # which would travel back with every result
             said = self._point.next()
             return {**said.to_json(), "done": bool(said.state)}
 
@@ -170,7 +171,7 @@ def _asks(desk: Desk) -> Any:
             if isinstance(job, Later):
                 return None
             self._numbers[trial_id] = job.number
-            return {"job": job.to_json()}
+            return {"job": job}
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             died = f"its process died {TRIAL_RETRIES + 1} times" if error else None
@@ -186,6 +187,7 @@ def _asks(desk: Desk) -> Any:
 
 
 def _decides(desk: Desk) -> Any:
+    from ray.tune.experiment import Trial
     from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
     class Decides(FIFOScheduler):
@@ -199,7 +201,19 @@ def _decides(desk: Desk) -> Any:
             return {}
 
         def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-            stops = self._desk.said(trial.config["job"]["number"], result)
+            stops = self._desk.said(trial.config["job"].number, result)
             return TrialScheduler.STOP if stops else TrialScheduler.CONTINUE
+
+        def choose_trial_to_run(self, tune_controller: Any) -> Any:
+            """The first of the few that live; FIFO would look through all that ever were, at every step of the loop."""
+            waiting = [trial for trial in tune_controller.get_live_trials() if trial.status == Trial.PENDING]
+            return min(waiting, key=lambda trial: trial.config["job"].number, default=None)
+
+        def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+            """Let go of those that ended before: Tune keeps them all, and would write them down at the end."""
+            for ended in [each for each in tune_controller._trials if each.is_finished()]:
+                tune_controller._trials.remove(ended)
+                tune_controller._stopped_trials.discard(ended)
+            tune_controller._trials_to_cache.clear()
 
     return Decides(desk)
