@@ -433,7 +433,8 @@ class Saved:
         self._period = list(model.blocks[middle : middle + 2])
         """the middle layer and the next: from where one begins to where the other does, a layer keeps what it keeps"""
         self._layers = len(model.blocks)
-        self._seen: dict[int, Any] = {}
+        self._seen: set[int] = set()
+        """addresses, which stay their tensors' own: the graph holds what is saved until the backward pass"""
         self._sizes: list[int] = []
         self._at_middle: list[int] = []
 
@@ -454,13 +455,12 @@ class Saved:
     def _pack(self, tensor: Tensor) -> Tensor:
         key = _key(tensor)
         if key not in self._own and key not in self._seen:
-            self._seen[key] = tensor.untyped_storage()  # held, so that its address stays its own
+            self._seen.add(key)
             self._sizes.append(tensor.untyped_storage().nbytes())
         return tensor
 
     def bytes(self, rows: int) -> np.ndarray:
         """(2, 2): outside the layers, and of one layer; fixed and a row."""
-        self._seen.clear()
         begin, end = (*self._at_middle, len(self._sizes))[:2]
         each = [split(size, rows) for size in self._sizes]
         a_layer = sum(each[begin:end], np.zeros(2))
