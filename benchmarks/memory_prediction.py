@@ -197,6 +197,7 @@ def text_of_characters(folder: Path) -> Iterator[Path]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one cell of either kind, not kept")
+    parser.add_argument("--resume", type=Path, help="a file of cells measured before, which are not measured again")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     parser.add_argument("--text", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
@@ -205,13 +206,20 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(train_cell(Cell(**json.loads(options.cell)).config(options.text), options.cache)))
         return
     count = 1 if options.quick else None
+    lines = options.resume.read_text().splitlines() if options.resume and options.resume.exists() else []
+    before_now = {seen.cell: seen for seen in (Seen(**json.loads(line)) for line in lines)}
     with scratch() as folder, text_of_characters(folder) as text:
 
         def see(cell: Cell) -> Seen:
+            if (seen := before_now.get(cell.name)) is not None:
+                return seen
             tensors, moment = predicted(cell.config(text))  # before anything of it runs
             before, above = measured(cell, text, folder / "cache")
             seen = Seen(cell.name, before, above, tensors, moment)
             print(f"  {cell.name:40} {above / 2**30:.3f} GiB, tensors {tensors / 2**30:.3f}, {moment}", flush=True)
+            if options.resume is not None:
+                with options.resume.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(seen)) + "\n")
             return seen
 
         calibrating = [see(cell) for cell in CALIBRATING[:count]]

@@ -11,7 +11,9 @@ import torch
 from trainers.config import PrecisionConfig, RunConfig
 from trainers.config_io import override
 from trainers.data.types import Batch
-from trainers.memory.timeline import ACTIVATIONS, GRADIENTS, LOGITS, SmallBuild, Timeline, read_timeline
+from trainers.memory.recorder import ACTIVATIONS, GRADIENTS, LOGITS
+from trainers.memory.small_build import SmallBuild
+from trainers.memory.timeline import Timeline, read_timeline
 from trainers.models import build_model, parameter_count
 from trainers.objectives import build_objective
 from trainers.precision import autocast
