@@ -84,8 +84,7 @@ def take_census(model: nn.Module, optimizer: Optimizer, gradients: Sizes) -> Cen
 
 def _weights(model: nn.Module) -> Iterable[Tensor]:
     """Parameters, and what quantised layers keep besides their codes."""
-    for parameter in model.parameters():
-        yield getattr(parameter, "ds_tensor", parameter)  # ZeRO-3 keeps a slice there
+    yield from model.parameters()
     for module in model.modules():
         scales = getattr(module, "scales", None)
         if callable(scales):
