@@ -1,8 +1,8 @@
 """Peak memory of training on the CPU, predicted before it starts and then measured: size, batch, precision, recompute.
 
-Every cell trains in a process of its own: two steps and an evaluation of the real run, the copy that a save is written
-from set aside. Judged is the peak above the process before its model is built. The cells that calibrate are none of
-those that are judged.
+Every cell trains in a process of its own: two steps and an evaluation of the real run (the first step takes one row, so
+that all state is there), the copy that a save is written from set aside. Judged is the peak above the process before
+its model is built. The cells that calibrate are none of those that are judged.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -22,6 +22,7 @@ from benchmarks.measure import Figure, report
 from benchmarks.workload import scratch
 from trainers.config import RunConfig
 from trainers.config_io import override
+from trainers.data.types import Batch
 from trainers.presets import PRESETS
 
 BAND = 0.08
@@ -81,7 +82,7 @@ class Cell:
                 *SIZES[self.size],
                 *(f"precision.compute={self.precision}", f"model.activation_checkpointing={recompute}"),
                 *(f"batch.sequences={self.rows * self.accumulation}", f"batch.micro_sequences={self.rows}"),
-                *("budget.steps=2", "evaluation.every_epochs=null", "evaluation.max_tokens=2048", "samples.count=0"),
+                *("budget.steps=2", "evaluation.every_epochs=null", "evaluation.max_tokens=1024", "samples.count=0"),
                 *("checkpoint.every_minutes=null", "checkpoint.save_best=false", "device=cpu"),
                 f'data.sources=[{{"corpus": "{text}"}}]',
             ],
@@ -90,24 +91,24 @@ class Cell:
 
 CALIBRATING = (
     Cell("gpt-38M", 2, "fp32"),
-    Cell("gpt-57M", 4, "bf16"),
-    Cell("gpt-25M", 8, "fp32"),
+    Cell("gpt-57M", 3, "bf16"),
+    Cell("gpt-25M", 5, "fp32"),
 )
 JUDGED = (
     Cell("gpt-25M", 16, "fp32"),
-    Cell("gpt-25M", 16, "bf16"),
-    Cell("gpt-25M", 8, "fp32", accumulation=2),
-    Cell("gpt-38M", 8, "fp32"),
-    Cell("gpt-38M", 8, "bf16"),
-    Cell("gpt-38M", 16, "fp32", recompute=True),
-    Cell("gpt-57M", 8, "fp32"),
-    Cell("gpt-57M", 16, "fp32", recompute=True),
-    Cell("gpt-57M", 8, "bf16", accumulation=2),
-    Cell("llama-30M", 8, "fp32"),
-    Cell("llama-30M", 8, "bf16", recompute=True),
-    Cell("llama-30M", 4, "bf16"),
-    Cell("deepnorm-22M", 16, "fp32"),
-    Cell("deepnorm-22M", 32, "bf16"),
+    Cell("gpt-25M", 8, "bf16"),
+    Cell("gpt-25M", 4, "fp32", accumulation=2),
+    Cell("gpt-38M", 1, "fp32"),
+    Cell("gpt-38M", 2, "bf16"),
+    Cell("gpt-38M", 4, "fp32", recompute=True),
+    Cell("gpt-57M", 2, "fp32"),
+    Cell("gpt-57M", 4, "fp32", recompute=True),
+    Cell("gpt-57M", 2, "bf16", accumulation=2),
+    Cell("llama-30M", 2, "fp32"),
+    Cell("llama-30M", 4, "bf16", recompute=True),
+    Cell("llama-30M", 3, "bf16"),
+    Cell("deepnorm-22M", 8, "fp32"),
+    Cell("deepnorm-22M", 12, "bf16"),
 )
 
 
@@ -145,7 +146,7 @@ def train_cell(config: RunConfig, cache: Path) -> tuple[int, int]:
     before = status("VmRSS")
     with scratch_run(config, cache) as (run, phase):
         for step in range(2):
-            batches = phase.loader.micro_batches(step)
+            batches = phase.loader.micro_batches(step) if step else [one_row(phase.loader.micro_batches(0)[0])]
             targets = sum(batch.n_targets for batch in batches)
             forward_backward(run, phase, batches, targets)
             del batches
@@ -153,6 +154,11 @@ def train_cell(config: RunConfig, cache: Path) -> tuple[int, int]:
             run.progress.advance(targets)
         run.evaluate(phase)
     return before, status("VmHWM") - before
+
+
+def one_row(batch: Batch) -> Batch:
+    """The first row: enough for the first update, from which on the optimizer's state is in memory."""
+    return replace(batch, tokens=batch.tokens[:1], targets=batch.targets[:1], n_targets=batch.tokens.shape[1])
 
 
 def status(field: str) -> int:
@@ -165,7 +171,7 @@ def measured(cell: Cell, text: Path, cache: Path) -> tuple[int, int]:
     command = [sys.executable, "-m", "benchmarks.memory_prediction", "--cell", json.dumps(asdict(cell))]
     command += ["--text", str(text), "--cache", str(cache)]
     done = subprocess.run(command, env=os.environ | MALLOC, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, f"{cell.name}: exit code {done.returncode}: {done.stderr[-2000:]}"
     before, above = json.loads(done.stdout.splitlines()[-1])
     return before, above
 
@@ -191,6 +197,7 @@ def text_of_characters(folder: Path) -> Iterator[Path]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one cell of either kind, not kept")
+    parser.add_argument("--resume", type=Path, help="a file of cells measured before, which are not measured again")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     parser.add_argument("--text", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
@@ -199,13 +206,20 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(train_cell(Cell(**json.loads(options.cell)).config(options.text), options.cache)))
         return
     count = 1 if options.quick else None
+    lines = options.resume.read_text().splitlines() if options.resume and options.resume.exists() else []
+    before_now = {seen.cell: seen for seen in (Seen(**json.loads(line)) for line in lines)}
     with scratch() as folder, text_of_characters(folder) as text:
 
         def see(cell: Cell) -> Seen:
+            if (seen := before_now.get(cell.name)) is not None:
+                return seen
             tensors, moment = predicted(cell.config(text))  # before anything of it runs
             before, above = measured(cell, text, folder / "cache")
             seen = Seen(cell.name, before, above, tensors, moment)
             print(f"  {cell.name:40} {above / 2**30:.3f} GiB, tensors {tensors / 2**30:.3f}, {moment}", flush=True)
+            if options.resume is not None:
+                with options.resume.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(seen)) + "\n")
             return seen
 
         calibrating = [see(cell) for cell in CALIBRATING[:count]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +13,18 @@ from torch.optim import Optimizer
 
 from trainers.config import OptimConfig, PrecisionConfig
 
+Sizes = dict[str, int]
+"""dtype -> bytes, the most first"""
+
 NAMED = 4  # tensors that a sentence names before it counts the rest
 
 
 @dataclass(frozen=True)
 class Census:
-    """Taken between the backward and the update, when all of it is there."""
+    """Taken after the first step, when all of it is there."""
 
-    bytes: Mapping[str, Mapping[str, int]]
-    """part (parameters, gradients, optimizer) -> dtype -> bytes; the dtype with the most first"""
+    bytes: Mapping[str, Sizes]
+    """of each part: parameters, gradients, optimizer"""
     wide_state: tuple[str, ...]
     """parameters whose optimizer state has no 8-bit tensor"""
     state_count: int
@@ -51,20 +55,30 @@ class Census:
 _PARTS = {"parameters": "parameters", "gradients": "gradients", "optimizer": "optimizer state"}
 
 
-def take_census(model: nn.Module, optimizer: Optimizer) -> Census:
+def gradient_sizes(model: nn.Module) -> Sizes:
+    """The gradients that this worker holds now, before the update lets go of them; none that DeepSpeed keeps for it."""
+    return _sizes(parameter.grad for parameter in model.parameters() if parameter.grad is not None)
+
+
+def take_census(model: nn.Module, optimizer: Optimizer, gradients: Sizes) -> Census:
     """What this worker holds now; of sharded tensors its own slice. Each storage counts once."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    wide = tuple(
-        names.get(id(parameter), "?")
-        for parameter, state in optimizer.state.items()
-        if state and all(tensor.dtype != torch.uint8 for tensor in state.values())
-    )
-    gradients = (parameter.grad for parameter in model.parameters() if parameter.grad is not None)
-    state = (tensor for kept in optimizer.state.values() for tensor in kept.values())
+    state = {  # under ZeRO the parameters of the optimizer are flat slices, which have no names
+        parameter: [value for value in kept.values() if isinstance(value, Tensor)]
+        for parameter, kept in optimizer.state.items()
+    }
     return Census(
-        {"parameters": _sizes(_weights(model)), "gradients": _sizes(gradients), "optimizer": _sizes(state)},
-        wide_state=wide,
-        state_count=sum(1 for kept in optimizer.state.values() if kept),
+        {
+            "parameters": _sizes(_weights(model)),
+            "gradients": gradients,
+            "optimizer": _sizes(tensor for tensors in state.values() for tensor in tensors),
+        },
+        wide_state=tuple(
+            names.get(id(parameter), "a slice")
+            for parameter, tensors in state.items()
+            if tensors and all(tensor.dtype != torch.uint8 for tensor in tensors)
+        ),
+        state_count=sum(1 for tensors in state.values() if tensors),
     )
 
 
@@ -77,18 +91,25 @@ def _weights(model: nn.Module) -> Iterable[Tensor]:
             yield from scales().values()
 
 
-def _sizes(tensors: Iterable[Tensor]) -> dict[str, int]:
+def _sizes(tensors: Iterable[Tensor]) -> Sizes:
     sizes: Counter[str] = Counter()
     seen: set[int] = set()
     for tensor in tensors:
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        local = _local(tensor)
         if local.numel() and local.data_ptr() not in seen:
             seen.add(local.data_ptr())
             sizes[str(local.dtype).removeprefix("torch.")] += local.numel() * local.element_size()
     return dict(sizes.most_common())
 
 
-def _described(sizes: Mapping[str, int]) -> str:
+def _local(tensor: Tensor) -> Tensor:
+    """The slice of a tensor that FSDP2 or ZeRO-3 has cut; any other as it is."""
+    if hasattr(tensor, "ds_tensor"):
+        return cast(Tensor, tensor.ds_tensor)
+    return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor
+
+
+def _described(sizes: Sizes) -> str:
     total = sum(sizes.values())
     shares = ", ".join(f"{size / total:.1%} {dtype}" for dtype, size in sizes.items())
     return f"{_amount(total)} ({shares})"

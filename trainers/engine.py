@@ -96,6 +96,8 @@ class TorchEngine:
         self._buffers = self.module.state_dict().keys() & {name for name, _ in self.module.named_buffers()}
         self._names = {id(parameter): name for name, parameter in self._named}
         self.optimizer = build_optimizer(groups, optim, self.device, self.precision)
+        if self._shards is not None:
+            self._shards.fit(self.optimizer)
 
     def close(self) -> None:
         """Nothing to let go of."""

@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 LEVELS = 127
 EXACT_TERMS = 1024  # terms of a sum of products of two codes that float32 holds exactly: 1024 x 127^2 < 2^24
@@ -90,7 +89,6 @@ class _Int8Product(torch.autograd.Function):
         return out.to(input.dtype).view(*input.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         rows, weight_codes, weight_scale = ctx.saved_tensors
         flat = gradient.reshape(-1, gradient.shape[-1])

@@ -60,11 +60,11 @@ def run_phase(run: Run, phase: ActivePhase) -> str | None:
 
         loss = forward_backward(run, phase, batches, targets)
         lr = phase.lr(progress.phase_step)
-        census = run.take_census() if progress.step == 0 else None
+        gradients = run.gradient_sizes() if progress.step == 0 else None
         update = run.engine.update(lr)
         progress.advance(targets)
-        if census is not None:
-            run.tell_census(phase, census)
+        if gradients is not None:
+            run.tell_census(phase, gradients)
 
         last = progress.phase_step == phase.steps
         evaluates = last or phase.evaluates_after(progress.phase_step, progress.step)

@@ -24,6 +24,7 @@ class Nf4Linear(nn.Linear):
     """
 
     def __init__(self, source: nn.Linear) -> None:
+        from bitsandbytes import matmul_4bit
         from bitsandbytes.functional import quantize_4bit
 
         super().__init__(source.in_features, source.out_features, bias=False, device="meta")
@@ -32,15 +33,14 @@ class Nf4Linear(nn.Linear):
         )
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.bias = source.bias
+        self._matmul = matmul_4bit
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), in autocast's type where that is on, else in the input's."""
-        from bitsandbytes import matmul_4bit
-
         kind = input.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
         with torch.autocast(kind, enabled=False):
-            out = cast(Tensor, matmul_4bit(input.to(dtype), self.weight, quant_state=self.quant_state))
+            out = cast(Tensor, self._matmul(input.to(dtype), self.weight, quant_state=self.quant_state))
             return out if self.bias is None else out + self.bias.to(dtype)
 
     def dequantised(self) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from trainers.base_weights import base_checkpoint, check_base, identified, keep_base
-from trainers.census import Census, take_census
+from trainers.census import Sizes, gradient_sizes, take_census
 from trainers.checkpoint import Checkpoint, CheckpointStore
 from trainers.collective import collective
 from trainers.config import ModelConfig, RunConfig
@@ -232,12 +232,13 @@ class Run:
             raise NonFinite(f"{what}, {run_of_them} in a row.{where} The last good checkpoint stands; lower optim.lr.")
         return "nonfinite" if policy.on_nonfinite == "stop" else None
 
-    def take_census(self) -> Census:
-        """What the tensors are, to be asked for between the backward and the update."""
-        return take_census(self.model, self.engine.optimizer)
+    def gradient_sizes(self) -> Sizes:
+        """Bytes of the gradients by dtype, to be asked for between the backward and the update."""
+        return gradient_sizes(self.model)
 
-    def tell_census(self, phase: ActivePhase, census: Census) -> None:
-        """Print and record it."""
+    def tell_census(self, phase: ActivePhase, gradients: Sizes) -> None:
+        """Print and record what the tensors are after the first update."""
+        census = take_census(self.model, self.engine.optimizer, gradients)
         self._write(phase, census.metrics())
         if self.rank == 0:
             self.ctx.note(census.sentences(self.config.precision, phase.spec.optim))

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -34,6 +35,12 @@ class Shards:
     def exchange(self, enabled: bool) -> None:
         """Whether the next backward sends the gradients to their owners, or adds to those it has whole."""
         cast(Any, self._model).set_requires_gradient_sync(enabled)
+
+    def fit(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let it step through slices: torch's fused kernel of SGD takes whole tensors only."""
+        if isinstance(optimizer, torch.optim.SGD):
+            for group in optimizer.param_groups:
+                group.update(fused=False, foreach=True)
 
     def gathered(self, tensor: Tensor) -> Tensor:
         """The whole of a tensor, on every rank."""

@@ -72,7 +72,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "nothing to share": (["--space", "task_weights"], "task_weights"),
     "one phase": (["--space", "phase_lengths"], "two-phase"),
     "fp16 on a CPU": (["--set-space", "precision=[fp32,fp16]", "--device", "cpu"], "fp16"),
-    "not built": (["--set-space", "precision=[fp32,int4]", "--device", "cpu"], "int4"),
+    "int4 without a run to start from": (["--set-space", "precision=[fp32,int4]", "--device", "cpu"], "int4"),
     "a population of three": ([*LR, "--scheduler", "pbt", "--trials", "3", "--searcher", "random"], "at least 4"),
     "a population of batches": (["--space", "lr_batch", "--scheduler", "pbt", "--searcher", "random"], "cannot change"),
     "a population with workers": ([*LR, "--scheduler", "pbt", "--searcher", "random", "--workers", "2"], "--workers 1"),

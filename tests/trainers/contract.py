@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from trainers.config import RunConfig
+from trainers.config import OptimConfig, RunConfig
 from trainers.config_io import build_config
 from trainers.data.types import Batch
 from trainers.engines import Engine, build_engine
@@ -47,6 +47,9 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 WITH_COPIES = [kind for kind in ENGINES if kind.startswith("zero") and kind != "zero 0"]
 """whose working copies of the weights are others than those that are updated"""
+SLICED = ("fsdp", "zero 1", "zero 3")
+"""each its own way of cutting state into slices"""
+OPTIMIZERS = ("adamw", "adam", "sgd", "rmsprop")
 SOURCES = ("fsdp", "zero 3")
 """whose checkpoints are gone on with by one worker"""
 
@@ -78,14 +81,15 @@ def rows_of(step: int) -> tuple[Tensor, Tensor]:
     return tokens, targets
 
 
-def take_step(engine: Engine, step: int, rank: int, ranks: int, *, factor: float = 1.0) -> float:
-    """One update; this rank's part of the mean loss. `factor` spoils the loss of the first micro-batch."""
-    gradients(engine, step, rank, ranks, losses := [], factor=factor)
-    engine.update(LR)
+def take_step(engine: Engine, step: int, rank: int, ranks: int, *, lr: float = LR) -> float:
+    """One update; this rank's part of the mean loss."""
+    gradients(engine, step, rank, ranks, losses := [])
+    engine.update(lr)
     return sum(losses)
 
 
 def gradients(engine: Engine, step: int, rank: int, ranks: int, losses: list[float], *, factor: float = 1.0) -> None:
+    """Those of one step; `factor` spoils the loss of the first micro-batch."""
     tokens, targets = rows_of(step)
     n, share = int((targets != -100).sum()), ROWS // ranks
     own = slice(rank * share, (rank + 1) * share)
@@ -205,6 +209,19 @@ def spoiled(kind: str, rank: int, ranks: int) -> Results:
     return {"skipped": bool(update.skipped), "changed": differing(before, after), "counted": counted, "moved": moved}
 
 
+def two_phases(kind: str, optimizer: str, rank: int, ranks: int) -> list[float]:
+    """The losses of three steps and, with other settings, of three more; sgd keeps its velocity, others begin anew."""
+    lr = LR / 10 if optimizer == "rmsprop" else LR  # whose first step is 3 lr in every weight
+    settings = {"name": optimizer, "lr": lr, "clip_norm": 0.5, "weight_decay": 0.1}
+    engine = engine_for(kind, ranks, optim=settings)
+    losses = [take_step(engine, step, rank, ranks, lr=lr) for step in range(3)]
+    later = {**settings, "clip_norm": None, "weight_decay": 0.3, "betas": (0.8, 0.9)}
+    engine.begin_phase(OptimConfig(**later), keep_optimizer=optimizer == "sgd")
+    losses += [take_step(engine, step, rank, ranks, lr=lr) for step in range(3, 6)]
+    engine.close()
+    return losses
+
+
 def measured(kind: str, rank: int, ranks: int, folder: Path, sent: list[float]) -> Results:
     """Bytes this rank holds and sends in a step of one micro-batch, with nothing kept because it is small."""
     changes: dict[str, Any] = {"batch": {"sequences": ROWS}, "model": LARGER}
@@ -300,6 +317,8 @@ def two_ranks(rank: int, folder: Path, kinds: list[str]) -> None:
             if kind in WITH_COPIES:
                 results["stale"] = stale(kind, rank, 2, results["trained"])
             results["spoiled"] = spoiled(kind, rank, 2)
+            if kind in SLICED:
+                results["phases"] = {optimizer: two_phases(kind, optimizer, rank, 2) for optimizer in OPTIMIZERS}
             results["measured"] = measured(kind, rank, 2, folder, sent)
             torch.save(results, folder / f"{kind}-{rank}.pt")
 

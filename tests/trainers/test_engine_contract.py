@@ -106,6 +106,17 @@ def test_any_checkpoint_of_two_workers_goes_on_with_one_in_any_engine(folder: Pa
             assert losses == pytest.approx(alone[STEPS // 2 :], rel=tolerance(kind)), f"{source} in {kind}"
 
 
+@pytest.mark.parametrize("optimizer", contract.OPTIMIZERS)
+def test_every_optimizer_and_a_second_phase_have_the_losses_of_one_worker(
+    optimizer: str, two: dict[str, list[Results]]
+) -> None:
+    torch.set_num_threads(1)
+    want = contract.two_phases("ddp", optimizer, 0, 1)
+    for kind in contract.SLICED:
+        first, second = (result["phases"][optimizer] for result in two[kind])
+        assert [one + other for one, other in zip(first, second, strict=True)] == pytest.approx(want, rel=1e-5), kind
+
+
 @pytest.mark.parametrize("kind", THEORY)
 def test_a_step_sends_what_theory_says(kind: str, two: dict[str, list[Results]]) -> None:
     weights = 4 * parameter_count(config_for(kind, 2, model=contract.LARGER).model, VOCABULARY)

@@ -77,7 +77,7 @@ class Calibration:
 
 
 USUAL = {
-    "cpu": Calibration("cpu", process_bytes=330 * MIB, constant_bytes=120 * MIB),
+    "cpu": Calibration("cpu", process_bytes=360 * MIB, constant_bytes=100 * MIB),
     "cuda": Calibration("cuda", process_bytes=0, constant_bytes=550 * MIB, factor=1.04),
     "mps": Calibration("mps", process_bytes=330 * MIB, constant_bytes=200 * MIB),
 }

@@ -11,8 +11,10 @@ from typing import Any, Literal
 from trainers.config import Phase, RunConfig
 from trainers.memory.calibration import Calibration
 from trainers.memory.fit import Memory, worker_rows
+from trainers.memory.recorder import ACTIVATIONS, GRADIENTS, LOGITS, WORKING
+from trainers.memory.small_build import Kernels
 from trainers.memory.structure import StateBytes, Structure, read_structure
-from trainers.memory.timeline import ACTIVATIONS, GRADIENTS, LOGITS, WORKING, Kernels, Timeline, read_timeline
+from trainers.memory.timeline import Timeline, read_timeline
 from trainers.memory.words import Spread, Words, spread_of, update_bytes, words_of
 from trainers.objectives import build_objective
 from trainers.run import EVALUATION_ROWS

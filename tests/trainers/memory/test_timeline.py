@@ -11,8 +11,10 @@ import torch
 from trainers.config import PrecisionConfig, RunConfig
 from trainers.config_io import override
 from trainers.data.types import Batch
-from trainers.memory.timeline import SmallBuild, Timeline, read_timeline
-from trainers.models import build_model
+from trainers.memory.recorder import ACTIVATIONS, GRADIENTS, LOGITS
+from trainers.memory.small_build import SmallBuild
+from trainers.memory.timeline import Timeline, read_timeline
+from trainers.models import build_model, parameter_count
 from trainers.objectives import build_objective
 from trainers.precision import autocast
 from trainers.presets import PRESETS
@@ -118,6 +120,20 @@ def seen_at(traces: Any, rows: int) -> Any:
     for trace in traces:
         trace.living[..., 1] *= rows
     return traces
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_backward_pass_gives_back_what_the_forward_pass_kept(name: str) -> None:
+    """Nothing of it is left at the end but the batch itself, and the graph was not kept by whoever watched it."""
+    config = case(name)
+    rows, layers = 16, config.model.n_layers
+    law = timeline(config)
+    moments = law.first.at(rows, layers - law.layers)
+    assert moments[:, ACTIVATIONS].max() > 1e5
+    if config.precision.compute == "fp32":  # else the half copies of the weights live as long as autocast
+        assert moments[-1, ACTIVATIONS] + moments[-1, LOGITS] < 2 * 8 * rows * config.sequence_length
+    values = parameter_count(config.model, VOCABULARY)
+    assert moments[-1, GRADIENTS] == 4 * values
 
 
 def test_gradients_that_stand_are_those_of_a_second_micro_batch() -> None:
