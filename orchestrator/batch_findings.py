@@ -24,6 +24,7 @@ from orchestrator.finders import (
     finding_folder,
     finding_name,
     log_finding,
+    show_intent,
     show_way_on,
     whole_folder,
     write_json,
@@ -88,11 +89,9 @@ def dry_run(config: RunConfig, question: BatchQuestion, runs_dir: Path, *, json:
     needs = model_bytes(config, report.survey.vocab_size)
     sizes = [1 << exponent for exponent in range(question.most.bit_length()) if 1 << exponent < question.most]
     sizes.append(question.most)
-    if json:
-        limit = machine.limit.bytes
-        print_json({"sizes": sizes, "limit_bytes": limit, "model_bytes": needs, "device": machine.device})
-        return 0
-    bound = size(machine.limit.bytes) + f" ({machine.limit.source})" if machine.limit.bytes else machine.limit.source
+    limit = machine.limit.bytes
+    facts = {"sizes": sizes, "limit_bytes": limit, "model_bytes": needs, "device": machine.device}
+    bound = size(limit) + f" ({machine.limit.source})" if limit else machine.limit.source
     rows = [
         ("sizes", f"{', '.join(map(str, sizes))} rows while they fit, then bisection"),
         ("each", f"{WARM_UP} + {question.steps} real steps of {config.sequence_length} tokens a row, in a process"),
@@ -100,8 +99,7 @@ def dry_run(config: RunConfig, question: BatchQuestion, runs_dir: Path, *, json:
         ("model", f"{size(needs)} of weights, gradients and optimizer state; libraries and activations come on top"),
         ("findings", f"into {runs_dir / '.find'} and MLflow; no Ray is started"),
     ]
-    out().print(pairs([(name, Text(value)) for name, value in rows]))
-    return 0
+    return show_intent(facts, rows, json=json)
 
 
 def run(typed: Typed, question: BatchQuestion, runs_dir: Path, *, json: bool) -> int:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.text import Text
 
-from orchestrator.console import finite, out
+from orchestrator.console import finite, out, pairs, print_json
 from orchestrator.experiment import cache_dir
 from orchestrator.provenance import describe_environment
 from search_spaces.precisions import precision_of
@@ -150,6 +150,15 @@ def log_finding(store: Store, finding: Finding) -> tuple[str | None, str]:
     except (TrackingUnavailable, TrackingRefused) as error:
         return None, f"MLflow did not take it all ({error}); the files in {finding.folder} have everything"
     return run.run_id, run.url_hint()
+
+
+def show_intent(facts: Mapping[str, Any], rows: Sequence[tuple[str, str]], *, json: bool) -> int:
+    """Print what a dry run found would be done, as `facts` or as lines. Exit code 0."""
+    if json:
+        print_json(facts)
+    else:
+        out().print(pairs([(name, Text(value)) for name, value in rows]))
+    return 0
 
 
 def show_way_on(result: Mapping[str, Any], picture: str, where: str) -> None:

@@ -20,6 +20,7 @@ from orchestrator.finders import (
     finding_folder,
     finding_name,
     log_finding,
+    show_intent,
     show_way_on,
     whole_folder,
     write_json,
@@ -72,17 +73,14 @@ def dry_run(config: RunConfig, question: LrQuestion, runs_dir: Path, *, json: bo
     lrs = question.lrs
     report = survey_plan(config, runs_dir)
     tokens = (len(lrs) + 1) * config.tokens_per_step
-    if json:
-        print_json({"lrs": lrs, "steps": len(lrs), "tokens": tokens, "parameters": report.parameters})
-        return 0
+    facts = {"lrs": lrs, "steps": len(lrs), "tokens": tokens, "parameters": report.parameters}
     rows = [
         ("sweep", f"{len(lrs)} updates from lr {lrs[0]:g} to {lrs[-1]:g}, each {lrs[1] / lrs[0]:.3f} times the last"),
         ("step", f"{config.sequences_per_step} rows of {config.sequence_length} tokens, {count(tokens)} tokens in all"),
         ("model", f"{count(report.parameters)} parameters on {report.device}, in this process and without Ray"),
         ("findings", f"into {runs_dir / '.find'} and MLflow"),
     ]
-    out().print(pairs([(name, Text(value)) for name, value in rows]))
-    return 0
+    return show_intent(facts, rows, json=json)
 
 
 def find_lr(typed: Typed, question: LrQuestion, runs_dir: Path, *, json: bool) -> int:

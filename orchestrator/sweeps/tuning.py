@@ -134,7 +134,7 @@ def _actor(together: Together) -> Any:
             return True
 
         def step(self) -> dict[str, Any]:
-            self.config = {}  # which would travel back with every result
+            self.config: dict[str, Any] = {}  # it would travel back with every result
             said = self._point.next()
             return {**said.to_json(), "done": bool(said.state)}
 
