@@ -95,7 +95,6 @@ CALIBRATING = (
     Cell("gpt-25M", 5, "fp32"),
 )
 JUDGED = (
-    Cell("gpt-25M", 16, "fp32"),
     Cell("gpt-25M", 8, "bf16"),
     Cell("gpt-25M", 4, "fp32", accumulation=2),
     Cell("gpt-38M", 1, "fp32"),
@@ -109,6 +108,7 @@ JUDGED = (
     Cell("llama-30M", 3, "bf16"),
     Cell("deepnorm-22M", 8, "fp32"),
     Cell("deepnorm-22M", 12, "bf16"),
+    Cell("gpt-25M", 16, "fp32"),
 )
 
 

@@ -30,7 +30,7 @@ def adapt(model: nn.Module, precision: PrecisionConfig) -> None:
         quantise(model, names)
     settings = LoraConfig(
         r=precision.adapter_rank,
-        lora_alpha=precision.adapter_alpha,  # type: ignore[arg-type]
+        lora_alpha=precision.adapter_alpha,
         target_modules=names,
         lora_dropout=0.0,
         bias="none",

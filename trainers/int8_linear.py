@@ -27,7 +27,7 @@ class Int8Linear(nn.Linear):
         kind = input.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
         with torch.autocast(kind, enabled=False):
-            out = cast(Tensor, _Int8Product.apply(input.to(dtype), self.weight))  # type: ignore[no-untyped-call]
+            out = cast(Tensor, _Int8Product.apply(input.to(dtype), self.weight))
             return out if self.bias is None else out + self.bias.to(dtype)
 
 
