@@ -24,6 +24,7 @@ from trainers.identity import (
     refuse_rewritten_past,
     stored_identity,
     with_micro_batch_of,
+    with_workers_of,
 )
 from trainers.initial import initial_hash
 
@@ -42,6 +43,8 @@ class Request:
     runs_dir: Path
     name: str | None = None
     fresh: bool = False
+    reshape: bool = False
+    """go on with the workers and the engine of this command, whatever the run began with"""
     verbose: bool = False
     json: bool = False
     document: dict[str, Any] | None = None
@@ -66,7 +69,7 @@ class Experiment:
     extended: bool
     """its budget was raised"""
     stood_as: str | None = None
-    """the fingerprint of the run that goes on with another micro-batch"""
+    """the fingerprint of the run that goes on with another micro-batch, or with other workers"""
     passed_over: tuple[Path, ...] = ()
     """folders of runs of this name that --fresh leaves as they are"""
 
@@ -107,16 +110,21 @@ def settle(config: RunConfig, request: Request, data_hashes: tuple[str, ...]) ->
     if stored is None or stored["fingerprint"] == digest:
         return experiment
     before = with_micro_batch_of(stored["fields"], fields)
+    if request.reshape:
+        before = with_workers_of(before, fields)
     if before == fields:
         return replace(experiment, stood_as=stored["fingerprint"])
     if only_more_budget(before, fields):
         refuse_more_after_early_stopping(name, experiment.outcome, f"--init-from {name}")
         refuse_rewritten_past(config, before, fields)
         return replace(experiment, extended=True)
+    only_workers = only_more_budget(with_workers_of(before, fields), fields)
+    way_out = ", or --reshape to continue it with these workers" if only_workers else ""
     changed = "\n  ".join(differences(stored["fields"], fields))
     raise ConfigError(
         f"run {name!r} exists with another configuration (left: the run, right: this command):\n  {changed}\n"
-        f"Give this one another --name, or --fresh to start {name}-2, or repeat the run's own settings to continue it."
+        f"Give this one another --name, or --fresh to start {name}-2, or repeat the run's own settings to continue it"
+        f"{way_out}."
     )
 
 

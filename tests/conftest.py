@@ -25,6 +25,7 @@ def shared_data() -> Path:
 
 STARTS_RAY = (
     "tests/cluster/test_jobs.py",
+    "tests/orchestrator/test_engines.py",
     "tests/orchestrator/test_faults.py",
     "tests/orchestrator/test_sweep_faults.py",
     "tests/orchestrator/test_sweeps.py",

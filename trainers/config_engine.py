@@ -1,7 +1,7 @@
 """The engine: who takes the steps, and how several workers share a model's tensors.
 
-None of this changes what is computed beyond the order of sums, so it is no part of a run's fingerprint: a run may go
-on under another engine, another ZeRO stage and with another number of workers.
+None of this changes what is computed beyond the order of sums (and the masks of dropout), so checkpoints do not depend
+on it: `--reshape` goes on under another engine, another ZeRO stage and with another number of workers.
 """
 
 from __future__ import annotations

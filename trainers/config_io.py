@@ -21,15 +21,15 @@ from trainers.errors import ConfigError
 FINGERPRINT_VERSION = 1  # raise it when the same fields come to mean another result
 
 # What does not change the weights. Corpora count by their content (`data_hashes`), wherever they lie.
-NOT_FINGERPRINTED = re.compile(
-    r"preset|workers|engine|parallel|(deepspeed|logging|checkpoint|samples)\..+|(phases\.\d+\.)?data\.sources\.\d+\.corpus"
-)
+NOT_FINGERPRINTED = re.compile(r"preset|(logging|checkpoint|samples)\..+|(phases\.\d+\.)?data\.sources\.\d+\.corpus")
 
 # Fields younger than runs that may go on: at these values they change nothing, and count only at others.
 ADDED: dict[str, Any] = {
     "optim.beta3": 0.9999, "optim.slow_weight": 5.0, "optim.min_8bit_size": 4096, "optim.paged": False,
     "precision.weights": "native", "precision.optimizer_state": "fp32", "precision.bf16_weights": False,
     "precision.tf32": False, "precision.adapter_rank": 0, "precision.adapter_alpha": 32.0,
+    "engine": "torch", "parallel": "ddp", "deepspeed.zero_stage": 2, "deepspeed.offload_optimizer": False,
+    "deepspeed.offload_parameters": False, "deepspeed.config": None,
 }  # fmt: skip
 
 _OF_A_PHASE = re.compile(r"^phases\.\d+\.")

@@ -19,6 +19,7 @@ IDENTITY = "identity.json"
 
 MICRO_BATCH = "batch.micro_sequences"
 
+_WORKERS = re.compile(r"workers|engine|parallel|deepspeed\.\w+")
 _BUDGET = re.compile(r"(phases\.\d+\.)?budget\.\w+")
 
 
@@ -77,6 +78,15 @@ def with_micro_batch_of(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[
     draws other masks.
     """
     return {**old, **{key: new.get(key) for key in (MICRO_BATCH,) if key in old or key in new}}
+
+
+def with_workers_of(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """`fingerprint_fields` of a run as if it had begun with the workers and the engine of `new`.
+
+    What is computed stays, but for the order of sums and the masks of dropout.
+    """
+    kept = {key: value for key, value in old.items() if not _WORKERS.fullmatch(key)}
+    return kept | {key: value for key, value in new.items() if _WORKERS.fullmatch(key)}
 
 
 def refuse_more_after_early_stopping(name: str, outcome: Mapping[str, Any] | None, start: str) -> None:

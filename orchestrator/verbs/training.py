@@ -25,6 +25,10 @@ def train(
         bool, typer.Option("--dry-run", help="Say what it would do and leave nothing behind (`orchestrate plan`).")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew as NAME-2 beside a run of that name.")] = False,
+    reshape: Annotated[
+        bool,
+        typer.Option("--reshape", help="Go on with other --workers or another engine than the run began with."),
+    ] = False,
     on_oom: Annotated[
         Literal["stop", "shrink"],
         typer.Option(
@@ -70,6 +74,7 @@ def train(
         runs_dir=target.runs_dir.absolute(),
         name=meant.label if meant.kind == "run" and name is None else name,
         fresh=fresh,
+        reshape=reshape,
         verbose=verbose,
         json=json,
         memory_limit=None if memory_limit is None else parse_size(memory_limit, "--memory-limit"),

@@ -23,7 +23,9 @@ def test_a_run_goes_on_under_another_engine_and_with_fewer_workers(place: Place)
     zero = ["engine=deepspeed", "deepspeed.zero_stage=3", "--workers", "2"]
     first = place.run("handed-over", *common, *zero, "budget.steps=20")
     assert first.exitcode == 0, first.output
-    second = place.run("handed-over", *common, "budget.steps=40")
+    refused = place.run("handed-over", *common, "budget.steps=40")
+    assert refused.exitcode == 2 and "--reshape" in refused.output and "workers: 2 -> 1" in refused.output
+    second = place.run("handed-over", *common, "budget.steps=40", "--reshape")
     assert second.exitcode == 0, second.output
     said = " ".join(second.output.split())  # lines are folded
     assert "deepspeed, ZeRO 3 and is now torch" in said and "world_size was 2 and is now 1" in said

@@ -12,9 +12,10 @@ import pytest
 
 from trainers import deepspeed_config
 from trainers.config import RunConfig
-from trainers.config_io import build_config, fingerprint
+from trainers.config_io import build_config, fingerprint_fields
 from trainers.deepspeed_config import check_deepspeed, ds_config
 from trainers.errors import ConfigError
+from trainers.identity import with_workers_of
 
 PHASES = [{"name": "a", "optim": {"name": "adamw"}}, {"name": "b", "optim": {"name": "sgd"}}]
 
@@ -57,11 +58,13 @@ def test_what_does_go_together_is_taken() -> None:
     deepspeed(engine="torch", parallel="fsdp", precision={"compute": "bf16"})
 
 
-def test_the_engine_and_the_workers_make_no_other_run() -> None:
-    one = build_config({"batch": {"sequences": 8, "micro_sequences": 2}})
+def test_the_engine_and_the_workers_are_all_that_a_run_may_change_when_it_is_reshaped() -> None:
+    one = fingerprint_fields(build_config({"batch": {"sequences": 8, "micro_sequences": 2}}), ("h",))
     for other in (deepspeed(), deepspeed(deepspeed={"zero_stage": 3}), deepspeed(engine="torch", parallel="fsdp")):
-        assert fingerprint(other, ("h",)) == fingerprint(one, ("h",))
-    assert fingerprint(deepspeed(seed=1), ("h",)) != fingerprint(one, ("h",))  # the negative control
+        fields = fingerprint_fields(other, ("h",))
+        assert fields != one and with_workers_of(one, fields) == fields and with_workers_of(fields, one) == one
+    fields = fingerprint_fields(deepspeed(seed=1), ("h",))
+    assert with_workers_of(one, fields) != fields  # the negative control
 
 
 # ---- ds_config.json ---------------------------------------------------------------------------------------
