@@ -67,8 +67,8 @@ class Scripted(LocalContext):
             return None
         step = current_step()
         if step == self.plan.kill_at:
-            if self.plan.rows_arrived:
-                RUNS[-1]._sync_record()
+            if self.plan.rows_arrived and RUNS[-1].record is not None:
+                RUNS[-1].record.sync()
             os.kill(os.getpid(), signal.SIGKILL)
         return "test" if step == self.plan.stop_at else None
 
