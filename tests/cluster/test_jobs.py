@@ -18,6 +18,7 @@ import pytest
 from orchestrator.ray_cluster import usable_cpus
 from tests.cluster.head import BIN, Head
 from tests.orchestrator.faults import CONFIG, WORDS, checkpoint_steps, newest_step
+from tests.orchestrator.sweep_episodes import assert_same_sweep, assert_sweep_told, left_by
 from tests.trainers.crash import assert_same, ending, finished
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -134,6 +135,30 @@ def test_a_job_ends_as_the_same_command_does_here(desk: Desk) -> None:
     )
     assert plain.returncode == 0, plain.stdout + plain.stderr
     assert "small is finished; nothing to do." in plain.stdout
+
+
+@pytest.mark.slow
+def test_a_sweep_sent_as_a_job_ends_as_it_does_here(desk: Desk) -> None:
+    """Every trial's settings, configuration, rows and final loss, and the best checkpoint; MLflow has all of it."""
+    text, runs = str(shutil.copy(desk.root / "small.txt", desk.shared)), desk.shared / "sweeps"
+    command = ("tune", "small.yaml", "--data", text, "--name", "sweep", "--set-space", "optim.lr=log(1e-3,3e-2)")
+    command += ("--set-space", "batch.sequences=[4,8]", "--trials", "3", "--searcher", "random", "--scheduler", "none")
+    before = len(desk.jobs())
+    for typo, word in (
+        ("optim.lrr=1e-3", "optim.lr"),
+        ("--set-space=optim.lrr=[1]", "lrr"),
+    ):
+        refused = desk.submit("--", *command, "--runs-dir", str(runs), typo)
+        assert (refused.returncode, refused.stdout.count("Running entrypoint")) == (2, 0), refused.stdout
+        assert word in refused.stderr
+    assert len(desk.jobs()) == before and not runs.exists()
+
+    job = desk.submit("--", *command, "--runs-dir", str(runs))
+    assert job.returncode == 0, job.stdout + job.stderr
+    here = desk.run(sys.executable, "-m", "orchestrator", *command, "--runs-dir", "here")
+    assert here.returncode == 0, here.stdout + here.stderr
+    assert_same_sweep(runs / "sweep", left_by(desk.root / "here" / "sweep"))
+    assert len(assert_sweep_told(runs, "sweep")) == 3
 
 
 @pytest.mark.slow

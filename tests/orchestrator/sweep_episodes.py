@@ -41,6 +41,8 @@ from trainers.record import read_rows
 Measured = dict[str, float | int | str]
 
 TRIALS, STEPS = 4, 800
+OF_THE_SWEEP = ("sweep/", "by_tokens/", "mem/predicted_gib")
+"""what a sweep logs of a trial beside the trial's own record"""
 CONFIG = """
 model: {{d_model: 16, n_layers: 1, n_heads: 2, context_length: 32, dropout: 0.1}}
 data: {{sources: [{{corpus: {text}}}]}}
@@ -186,7 +188,7 @@ def assert_sweep_told(runs: Path, name: str, status: str = "FINISHED", reason: s
         assert told.tags["trial.point"] == str(trial.number)
         wrong = {key: values for key, values in told.history.items() if len(values) != 1}
         assert not wrong, f"{child_name}: not exactly once: {Counter(metric for _, metric in wrong)}"
-        own = {key: v for key, v in told.history.items() if not key[1].startswith(("sweep/", "by_tokens/"))}
+        own = {key: v for key, v in told.history.items() if not key[1].startswith(OF_THE_SWEEP)}
         assert own == expected_history(run_dir), child_name
         assert by_tokens(told) == expected_by_tokens(run_dir), child_name
         assert_told_as_the_journal(told, trial)
