@@ -17,8 +17,7 @@ from trainers.schedules import budget_can_grow
 
 IDENTITY = "identity.json"
 
-MICRO_BATCH = "batch.micro_sequences"
-
+_MICRO_BATCH = re.compile(r"batch\.micro_sequences")
 _WORKERS = re.compile(r"workers|engine|parallel|deepspeed\.\w+")
 _BUDGET = re.compile(r"(phases\.\d+\.)?budget\.\w+")
 
@@ -77,7 +76,7 @@ def with_micro_batch_of(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[
     The rows of a step stay; memory decides in how many pieces they are taken. Sums are rounded otherwise, and dropout
     draws other masks.
     """
-    return {**old, **{key: new.get(key) for key in (MICRO_BATCH,) if key in old or key in new}}
+    return _with_fields_of(new, _MICRO_BATCH, old)
 
 
 def with_workers_of(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,8 +84,12 @@ def with_workers_of(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str,
 
     What is computed stays, but for the order of sums and the masks of dropout.
     """
-    kept = {key: value for key, value in old.items() if not _WORKERS.fullmatch(key)}
-    return kept | {key: value for key, value in new.items() if _WORKERS.fullmatch(key)}
+    return _with_fields_of(new, _WORKERS, old)
+
+
+def _with_fields_of(new: Mapping[str, Any], fields: re.Pattern[str], old: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in old.items() if not fields.fullmatch(key)}
+    return kept | {key: value for key, value in new.items() if fields.fullmatch(key)}
 
 
 def refuse_more_after_early_stopping(name: str, outcome: Mapping[str, Any] | None, start: str) -> None:
