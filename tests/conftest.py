@@ -1,17 +1,41 @@
-"""What every test shares: where the real text lies, and property tests without a clock."""
+"""What every test shares: where the real text lies, a Hub of our own, and property tests without a clock."""
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
 
+from tests.trainers.data.hub_server import HubServer
+
 settings.register_profile("shared-machine", deadline=None)  # a busy machine is no failure
 settings.load_profile("shared-machine")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# No test asks the real Hub. huggingface_hub reads HF_ENDPOINT at its first import, and peft imports it: hence here.
+_HUB = HubServer({})
+_HUB.__enter__()  # at once: whoever inherits HF_ENDPOINT gets an answer, be it "no such dataset"
+_CACHE = tempfile.TemporaryDirectory(prefix="hub-cache-", ignore_cleanup_errors=True)
+os.environ.update(
+    HF_ENDPOINT=_HUB.url,
+    HF_HOME=_CACHE.name,
+    HF_HUB_DISABLE_XET="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+)
+
+
+@pytest.fixture(scope="session")
+def local_hub() -> HubServer:
+    """The server; a test module adds its own repositories to `repositories`."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    assert _HUB.url == constants.ENDPOINT, "huggingface_hub was imported before this conftest"
+    return _HUB
 
 
 @pytest.fixture
