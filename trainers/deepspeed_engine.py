@@ -22,9 +22,9 @@ from trainers.config import OptimConfig, PrecisionConfig, RunConfig
 from trainers.deepspeed_config import ds_config
 from trainers.deepspeed_state import ZeroState
 from trainers.devices import set_determinism
-from trainers.engine import NamedTensors, Update, rank_part, same_optimizer
+from trainers.engine import NamedTensors, rank_part, same_optimizer
 from trainers.errors import ConfigError, TrainingFailed
-from trainers.incidents import HostIncidents
+from trainers.incidents import SkippedUpdates, Update
 from trainers.optim import build_optimizer, parameter_groups
 from trainers.precision import LossScaler, autocast
 from trainers.replica import Replica
@@ -52,12 +52,10 @@ class DeepSpeedEngine:
         self.world_size = world_size
         self.precision = config.precision
         self.stage: int = config.deepspeed.zero_stage
-        self.incidents = HostIncidents()
         self._optim = optim
         self._named = list(model.named_parameters())
         shapes = {name: parameter.shape for name, parameter in self._named}  # at stage 3 they are soon empty
         self._replica = Replica(model)
-        self._bad_loss = torch.tensor(False, device=device)  # of any micro-batch since the last update; fp16 only
         self.optimizer, kinds = _optimizer(model, optim, device, config.precision)
         """the torch optimizer inside"""
         self._ds: Any = deepspeed.initialize(
@@ -71,6 +69,7 @@ class DeepSpeedEngine:
         """of the loss, where there is one"""
         if config.precision.compute == "fp16":
             self.scaler = ZeroScaler(self._ds.optimizer) if self.stage else LossScaler(device)
+        self.skipped = SkippedUpdates(device, self.scaler, world_size=world_size)
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the model."""
@@ -91,8 +90,7 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`; to be called inside micro_batch. A non-finite loss makes them NaN."""
-        if self.scaler is not None:
-            self._bad_loss = self._bad_loss | ~torch.isfinite(loss.detach())
+        self.skipped.see(loss)
         seed = loss.detach() * 0.0 + 1.0  # 1, or NaN for a loss that is not finite
         if isinstance(self.scaler, LossScaler):
             seed = seed * self.scaler.scale
@@ -117,7 +115,7 @@ class DeepSpeedEngine:
             ) from error
         skipped = bool(self._ds.optimizer.overflow)
         norm = torch.as_tensor(self._ds.get_global_grad_norm(), dtype=torch.float32)
-        self._count(skipped)
+        self.skipped.count(torch.tensor(skipped, device=self.device))
         return Update(norm, skipped)
 
     def _whole_update(self) -> Update:
@@ -134,40 +132,8 @@ class DeepSpeedEngine:
             self._ds.zero_grad()
         else:
             self._ds.step()
-        self._count(skipped)
+        self.skipped.count(torch.tensor(skipped, device=self.device))
         return Update(norm, skipped)
-
-    def _count(self, skipped: bool) -> None:
-        """An incident, or under fp16 an overflow under a finite loss: that is how the scale finds its place."""
-        if self.scaler is None:
-            self.incidents.record(skipped)
-            return
-        votes, self._bad_loss = self._bad_loss.to(torch.int32), torch.zeros_like(self._bad_loss)
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        bad_loss = votes.bool()
-        self.incidents.record(bad_loss)
-        if isinstance(self.scaler, LossScaler):
-            self.scaler.update(torch.tensor(skipped, device=self.device) & ~bad_loss, counted=~bad_loss)
-
-    # ---- incidents ------------------------------------------------------------------------------
-
-    def should_check(self, update: Update, *, logging: bool = False) -> bool:
-        """Whether to ask for incidents now."""
-        return bool(update.skipped) or logging
-
-    def consecutive_nonfinite(self) -> int:
-        """The longest row of skipped updates since this was last asked. TrainingFailed as TorchEngine's."""
-        self._check_scale()
-        return self.incidents.take_longest()
-
-    def read_incidents(self) -> int:
-        """Updates skipped since the run began. TrainingFailed as TorchEngine's."""
-        self._check_scale()
-        return self.incidents.read()["total"]
-
-    def _check_scale(self) -> None:
-        if self.scaler is not None:
-            self.scaler.check()
 
     # ---- state ----------------------------------------------------------------------------------
 
@@ -183,7 +149,7 @@ class DeepSpeedEngine:
 
     def state(self) -> dict[str, Any]:
         """JSON: what continues besides the tensors."""
-        return {"incidents": self.incidents.read(), "scaler": self.scaler.state() if self.scaler else None}
+        return self.skipped.state()
 
     def load(self, files: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any], *, optimizer: bool) -> None:
         """Take over `files` and `state` of any engine, whole on every rank; only the weights unless `optimizer`.
@@ -192,9 +158,7 @@ class DeepSpeedEngine:
         """
         self._kept.check(files, optimizer=optimizer)
         if optimizer:
-            self.incidents.load(state["incidents"])
-            if self.scaler is not None and state["scaler"] is not None:
-                self.scaler.load(state["scaler"])
+            self.skipped.load(state)
         self._kept.put(files, optimizer=optimizer)
         self._ds.zero_grad()
 
@@ -234,6 +198,9 @@ class ZeroScaler:
 
     def __init__(self, zero: Any) -> None:
         self._scaler = zero.loss_scaler
+
+    def update(self, overflowed: Tensor, *, counted: Tensor) -> None:
+        """Nothing: DeepSpeed has done it in the update."""
 
     def check(self) -> None:
         """Nothing: DeepSpeed raises in the update."""

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainers.adapters import kept_parameters
@@ -20,22 +18,12 @@ from trainers.config import OptimConfig, PrecisionConfig
 from trainers.devices import set_determinism
 from trainers.errors import CheckpointError, ConfigError
 from trainers.gradient_sync import data_parallel
-from trainers.incidents import DeviceIncidents, HostIncidents
+from trainers.incidents import SkippedUpdates, Update
 from trainers.optim import build_optimizer, heeds_found_inf, parameter_groups, state_tensors
 from trainers.precision import LossScaler, autocast
 from trainers.shards import Shards
 
 NamedTensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """What one optimizer update did."""
-
-    grad_norm: Tensor
-    """scalar on the device: the gradient's 2-norm over all ranks, before clipping"""
-    skipped: bool | Tensor
-    """the gradient was not finite and nothing changed; a bool where the host decided, else a scalar on the device"""
 
 
 class TorchEngine:
@@ -74,16 +62,13 @@ class TorchEngine:
         self.world_size = world_size
         self.precision = precision
         self.scaler = LossScaler(device) if precision.compute == "fp16" else None
-        self._bad_loss = torch.tensor(False, device=device)  # of any micro-batch since the last update; fp16 only
         self._shards = Shards(model) if sharded and world_size > 1 else None
         self._ddp = data_parallel(model, device) if world_size > 1 and not sharded else None
         self._forward: nn.Module = self._ddp or model
         if compile:
             self._forward = cast(nn.Module, torch.compile(self._forward))
         self.decides_on_device = device.type == "cuda"
-        self.incidents: HostIncidents | DeviceIncidents = (
-            DeviceIncidents(device) if self.decides_on_device else HostIncidents()
-        )
+        self.skipped = SkippedUpdates(device, self.scaler, world_size=world_size, on_device=self.decides_on_device)
         self._use(optim)
 
     def _use(self, optim: OptimConfig) -> None:
@@ -125,8 +110,8 @@ class TorchEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`; to be called inside micro_batch. A non-finite loss makes them NaN."""
+        self.skipped.see(loss)
         if self.scaler is not None:
-            self._bad_loss = self._bad_loss | ~torch.isfinite(loss.detach())
             loss = self.scaler.scaled(loss)
         # 1 for a finite loss, NaN otherwise: an infinite loss can have finite gradients, and other ranks see only those
         seed = loss.detach() * 0.0 + 1.0
@@ -161,7 +146,7 @@ class TorchEngine:
         skipped = bool(left_out)
         if not skipped:
             self.optimizer.step()
-        self._count(left_out)
+        self.skipped.count(left_out)
         return skipped
 
     def _step_on_device(self, norm: Tensor) -> Tensor:
@@ -172,44 +157,8 @@ class TorchEngine:
         else:  # the fused kernels leave everything as it is where found_inf is 1, as under torch.amp.GradScaler
             self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
             self.optimizer.step()
-        self._count(skipped)
+        self.skipped.count(skipped)
         return skipped
-
-    def _count(self, skipped: Tensor) -> None:
-        """An incident, or under fp16 an overflow under a finite loss: that is how the scale finds its place."""
-        if self.scaler is None:
-            self.incidents.record(skipped)
-            return
-        bad_loss, self._bad_loss = self._bad_loss, torch.zeros_like(self._bad_loss)
-        if self.world_size > 1:  # the ranks' gradients are one sum, and so must be their verdict
-            votes = bad_loss.to(torch.int32)
-            dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-            bad_loss = votes.bool()
-        self.incidents.record(bad_loss)
-        self.scaler.update(skipped & ~bad_loss, counted=~bad_loss)
-
-    # ---- incidents ------------------------------------------------------------------------------
-
-    def should_check(self, update: Update, *, logging: bool = False) -> bool:
-        """Whether to ask for incidents now: at once where the host decided, else on steps that log and wait anyway."""
-        return logging if isinstance(update.skipped, Tensor) else update.skipped or logging
-
-    def consecutive_nonfinite(self) -> int:
-        """The longest row of skipped updates alive since this was last asked; may wait for the device.
-
-        Raises TrainingFailed where fp16 loss scaling is at its end; under fp16 other overflows are no incidents.
-        """
-        self._check_scale()
-        return self.incidents.take_longest()
-
-    def read_incidents(self) -> int:
-        """Updates skipped since the run began; may wait for the device. Raises as consecutive_nonfinite."""
-        self._check_scale()
-        return self.incidents.read()["total"]
-
-    def _check_scale(self) -> None:
-        if self.scaler is not None:
-            self.scaler.check()
 
     # ---- state ----------------------------------------------------------------------------------
 
@@ -242,7 +191,7 @@ class TorchEngine:
 
     def state(self) -> dict[str, Any]:
         """JSON: what continues besides the tensors; waits for the device."""
-        return {"incidents": self.incidents.read(), "scaler": self.scaler.state() if self.scaler else None}
+        return self.skipped.state()
 
     def load(self, files: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any], *, optimizer: bool) -> None:
         """Take over `files` and `state` as `tensors()` and `state()` gave them; only the weights unless `optimizer`.
@@ -253,9 +202,7 @@ class TorchEngine:
         copies = matched("model", files["model"], self._model_tensors())
         if optimizer:
             copies += matched("optimizer", files["optimizer"], self._optimizer_tensors())
-            self.incidents.load(state["incidents"])
-            if self.scaler is not None and state["scaler"] is not None:
-                self.scaler.load(state["scaler"])
+            self.skipped.load(state)
         with torch.no_grad():
             for target, source in copies:
                 if self._shards is None:

@@ -24,11 +24,11 @@ from trainers.data.tokenizers import save_once
 from trainers.data.types import Batch
 from trainers.devices import check_machine, resolve_device, set_tf32
 from trainers.diagnosis import account
-from trainers.engine import Update
 from trainers.engines import build_engine, engine_name
 from trainers.environment import environment, explain_difference
 from trainers.errors import CheckpointError, NonFinite
 from trainers.evaluate import evaluate
+from trainers.incidents import Update
 from trainers.initial import initial_checkpoint
 from trainers.meter import Meter
 from trainers.models import apply_switches
@@ -213,13 +213,13 @@ class Run:
 
         The bad update was left out on every rank. On an accelerator the counters are read on logging steps only.
         """
-        if not self.engine.should_check(update, logging=logging):
+        if not self.engine.skipped.should_check(update, logging=logging):
             return None
         policy = phase.spec.optim
-        run_of_them = self.engine.consecutive_nonfinite()
+        run_of_them = self.engine.skipped.take_longest()
         if run_of_them == 0:
             return None
-        self._write(phase, {"incidents/nonfinite": self.engine.read_incidents()})
+        self._write(phase, {"incidents/nonfinite": self.engine.skipped.total()})
         known = not self.engine.decides_on_device
         what = f"the loss or a gradient was not finite {'at' if known else 'at or before'} step {self.progress.step}"
         ends = policy.on_nonfinite != "skip" or run_of_them >= policy.nonfinite_limit

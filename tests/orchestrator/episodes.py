@@ -139,12 +139,13 @@ def lock_store(place: Place, command: Command, whole: Ending, *, until_the_end: 
 LARGER = ["model.d_model=192", "model.n_layers=4", "model.context_length=64", "batch.micro_sequences=4"]
 LARGER += ["evaluation.every_steps=100", "checkpoint.every_steps=20", "--workers", "2"]
 """1.8 M parameters"""
+LONG_RUN_S = 900.0  # 1,200 steps of them, disturbed or not, on a machine that others use too
 
 
 def goodput(place: Place, name: str, *, steps: int, every_s: float, kills: int) -> Measured:
     """The share of time and of steps that was useful with a SIGKILL to a worker every so often."""
     arguments = [*LARGER, f"budget.steps={steps}"]
-    whole = place.run(f"{name}-whole", *arguments).expect(0)
+    whole = place.start(f"{name}-whole", *arguments).expect(0, LONG_RUN_S)
     command = place.start(name, *arguments)
     command.wait_for_step(1)
     redone, due = 0, time.monotonic()
@@ -156,7 +157,7 @@ def goodput(place: Place, name: str, *, steps: int, every_s: float, kills: int) 
         victims[count % len(victims)].kill()
         at = newest_step(command.run_dir)
         redone += at - max([step for step in checkpoint_steps(command.run_dir) if step <= at], default=0)
-    command.expect(0)
+    command.expect(0, LONG_RUN_S)
     assert merged(left(command.run_dir).rows) == merged(left(whole.run_dir).rows)
     useful_s, wall_s = training_s(whole.run_dir), training_s(command.run_dir)
     return {

@@ -156,16 +156,16 @@ class Command:
             assert time.monotonic() < deadline, f"no {what} in {PATIENCE_S} s:\n{self.output}"
             time.sleep(0.002)
 
-    def wait(self) -> int:
+    def wait(self, patience_s: float = PATIENCE_S) -> int:
         """The exit code."""
         try:
-            return self.process.wait(PATIENCE_S)
+            return self.process.wait(patience_s)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"still at work after {PATIENCE_S} s:\n{self.output}") from None
+            raise AssertionError(f"still at work after {patience_s} s:\n{self.output}") from None
 
-    def expect(self, exitcode: int) -> Command:
+    def expect(self, exitcode: int, patience_s: float = PATIENCE_S) -> Command:
         """Wait for the end, which must be this one."""
-        assert self.wait() == exitcode, f"exit code {self.exitcode}, not {exitcode}:\n{self.output}"
+        assert self.wait(patience_s) == exitcode, f"exit code {self.exitcode}, not {exitcode}:\n{self.output}"
         return self
 
     # ---- acting ---------------------------------------------------------------------------------

@@ -18,9 +18,10 @@ import trainers.loop
 import trainers.run
 from trainers.config import ModelConfig, RunConfig
 from trainers.context import LocalContext
-from trainers.engine import TorchEngine, Update
+from trainers.engine import TorchEngine
 from trainers.errors import TrainingFailed
 from trainers.filesystem import Filesystem
+from trainers.incidents import Update
 
 
 def play(config: dict[str, Any], run_dir: str, plan: Any, rank: int, workers: int, meeting_place: str) -> None:

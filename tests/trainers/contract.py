@@ -202,7 +202,7 @@ def spoiled(kind: str, rank: int, ranks: int) -> Results:
     gradients(engine, 1, rank, ranks, [], factor=float("nan") if rank == ranks - 1 else 1.0)
     update = engine.update(LR)
     after = shared(copied(engine))
-    counted = (engine.consecutive_nonfinite(), engine.read_incidents())
+    counted = (engine.skipped.take_longest(), engine.skipped.total())
     take_step(engine, 2, rank, ranks)
     moved = differing(after, shared(copied(engine)))
     engine.close()

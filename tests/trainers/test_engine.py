@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from trainers.config import OptimConfig, PrecisionConfig
 from trainers.data.types import Batch
-from trainers.engine import TorchEngine, Update
+from trainers.engine import TorchEngine
 from trainers.errors import CheckpointError, ConfigError, TrainingFailed
-from trainers.incidents import DeviceIncidents
+from trainers.incidents import DeviceIncidents, Update
 from trainers.objectives.language_model import LanguageModel
 from trainers.optim import parameter_groups
 
@@ -132,7 +132,7 @@ def test_bf16_keeps_weights_moments_and_gradients_in_fp32() -> None:
 def on_device(engine: TorchEngine) -> TorchEngine:
     """The path that CUDA takes, on the CPU: torch's fused CPU kernels honour found_inf as the CUDA ones do."""
     engine.decides_on_device = True
-    engine.incidents = DeviceIncidents(CPU)
+    engine.skipped.counts = DeviceIncidents(CPU)
     return engine
 
 
@@ -147,8 +147,8 @@ def test_a_non_finite_loss_changes_nothing_and_is_counted(decide: Any, optimizer
     before = everything(engine)
     run_step(engine, 1, **bad)
     assert bool(run_step(engine, 2, **bad).skipped) and same(everything(engine), before)
-    assert engine.read_incidents() == 3
-    assert [engine.consecutive_nonfinite(), engine.consecutive_nonfinite()] == [2, 0]
+    assert engine.skipped.total() == 3
+    assert [engine.skipped.take_longest(), engine.skipped.take_longest()] == [2, 0]
     assert not bool(run_step(engine, 3).skipped) and not same(everything(engine), before)
     for step in (0, 3):  # as if the bad batches had never been
         run_step(undisturbed, step)
@@ -167,9 +167,9 @@ def test_a_single_bad_gradient_is_found() -> None:
 def test_the_host_asks_at_once_and_the_device_only_on_logging_steps() -> None:
     host, device = build(), on_device(build())
     on_host, later = (run_step(engine, 0, factor=float("nan")) for engine in (host, device))
-    assert host.should_check(on_host) and not device.should_check(later)
-    assert device.should_check(later, logging=True)
-    assert not host.should_check(run_step(host, 1))
+    assert host.skipped.should_check(on_host) and not device.skipped.should_check(later)
+    assert device.skipped.should_check(later, logging=True)
+    assert not host.skipped.should_check(run_step(host, 1))
 
 
 # ---- state -------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_under_fp16_an_overflow_lowers_the_scale_and_is_no_incident() -> None:
     assert engine.scaler is not None
     before = everything(engine)
     assert run_step(engine, 0, factor=1e6).skipped and same(everything(engine), before)
-    assert engine.read_incidents() == 0 and engine.scaler.state()["scale"] == 2.0**15
+    assert engine.skipped.total() == 0 and engine.scaler.state()["scale"] == 2.0**15
     run_step(engine, 0)
     assert not same(everything(engine), before)
 
@@ -268,15 +268,15 @@ def test_under_fp16_a_bad_loss_is_an_incident_and_says_nothing_about_the_scale(o
     engine = build(compute="fp16")
     assert engine.scaler is not None
     if on_device:
-        engine.incidents = DeviceIncidents(CPU)
+        engine.skipped.counts = DeviceIncidents(CPU)
     run_step(engine, 1)
     before, scale = everything(engine), engine.scaler.state()
     for bad in (float("nan"), float("inf")):
         assert run_step(engine, 0, factor=bad).skipped
     assert same(everything(engine), before) and engine.scaler.state() == scale
-    assert (engine.consecutive_nonfinite(), engine.read_incidents()) == (2, 2)
+    assert (engine.skipped.take_longest(), engine.skipped.total()) == (2, 2)
     assert run_step(engine, 0, factor=1e6).skipped  # the flag is of one update: this is an overflow again
-    assert engine.read_incidents() == 2 and engine.scaler.state()["scale"] == 2.0**15
+    assert engine.skipped.total() == 2 and engine.scaler.state()["scale"] == 2.0**15
 
 
 def test_the_fp16_scale_survives_a_restart() -> None:
@@ -295,4 +295,4 @@ def test_fp16_that_overflows_at_the_smallest_scale_ends_with_a_reason() -> None:
     for _ in range(17):
         run_step(engine, 0, factor=1e12)
     with pytest.raises(TrainingFailed, match="loss scale"):
-        engine.read_incidents()
+        engine.skipped.total()

@@ -144,7 +144,7 @@ def poisoned(rank: int, ranks: int, loss: float) -> Results:
         engine.backward(value + (loss if rank == ranks - 1 else 0.0))
     update = engine.update(1e-2)
     unchanged = differing(before, everything(engine))
-    counted = (engine.read_incidents(), engine.consecutive_nonfinite())
+    counted = (engine.skipped.total(), engine.skipped.take_longest())
     run_step(engine, 2, rank=rank, ranks=ranks, micro=2)
     return {
         "skipped": update.skipped,
