@@ -3,46 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from orchestrator.cli import BAD_INPUT, DONE, main
+from orchestrator.cli import DONE, main
 from orchestrator.sweeps import driver
 from orchestrator.sweeps.journal import JOURNAL
+from tests.orchestrator.refusals import ReachedRay, refused, without_ray
 
-TEXT = "It was a bright cold day in April, and the clocks were striking thirteen.\n" * 200
 TINY = ["tune", "fundamentallm/tiny", "--data", "text.txt", "--runs-dir", "runs"]
 LR = ["--set-space", "optim.lr=log(1e-4,1e-2)"]
 
 
-class ReachedRay(BaseException):
-    """Raised where the driver would start Ray: the input was taken."""
-
-
 @pytest.fixture(autouse=True)
-def without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def reached(*_: Any, **__: Any) -> Iterator[None]:
-        raise ReachedRay
-        yield
-
-    monkeypatch.setattr(driver, "ray_cluster", reached)
-    monkeypatch.chdir(tmp_path)
-    for name in ("ORCHESTRATE_RUNS", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
-    (tmp_path / "text.txt").write_text(TEXT)
-
-
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one message that `arguments` get."""
-    assert main(arguments) == BAD_INPUT, capsys.readouterr()
-    err = capsys.readouterr().err
-    assert err.count("error: ") == 1 and "Traceback" not in err
-    return err
+def before_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ray(driver, tmp_path, monkeypatch)
 
 
 def left_behind(folder: Path) -> list[str]:
