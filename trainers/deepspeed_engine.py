@@ -137,6 +137,14 @@ class DeepSpeedEngine:
 
     # ---- state ----------------------------------------------------------------------------------
 
+    def gradients(self) -> Iterator[Tensor]:
+        """As TorchEngine.gradients; from stage 1 on DeepSpeed keeps them in places of its own."""
+        return self._kept.gradients()
+
+    def masters(self) -> Iterator[Tensor]:
+        """This rank's fp32 slices, but those that are the very weights that the model computes with."""
+        return self._kept.masters()
+
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:
         """A plain module with all weights (the working copies) on this rank, for any use; a collective to enter."""
