@@ -58,6 +58,8 @@ class DeepSpeedEngine:
         self._replica = Replica(model)
         self.optimizer, kinds = _optimizer(model, optim, device, config.precision)
         """the torch optimizer inside"""
+        if config.compile:
+            model.compile()
         self._ds: Any = deepspeed.initialize(
             model=_InAutocast(model, config.precision, device),
             optimizer=self.optimizer,

@@ -68,11 +68,12 @@ class ZeroState:
     def gradients(self) -> Iterator[Tensor]:
         """Everything that holds gradients between the last backward and the update; several may share a storage.
 
-        Stage 1 keeps those of all weights (a sum in another type as `grad_accum`), 2 and 3 what this rank updates.
+        While they add up, stage 1 keeps those of all weights (a sum in another type as `grad_accum`), 2 and 3 what this
+        rank updates; where the optimizer is offloaded, on the CPU too.
         """
         for owner in [*(parameter for _, parameter in self._named), *self._slices]:
             yield from (part for name in ("grad", "grad_accum") if (part := getattr(owner, name, None)) is not None)
-        for name in ("averaged_gradients", "all_grad_tensors"):
+        for name in ("averaged_gradients", "all_grad_tensors", "accumulated_grads_in_cpu"):
             for group in getattr(self._zero, name, {}).values():
                 yield from [group] if isinstance(group, Tensor) else group or ()
         if (buffer := getattr(self._zero, "grad_partitions_flat_buffer", None)) is not None:

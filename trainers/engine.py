@@ -62,10 +62,10 @@ class TorchEngine:
         self.world_size = world_size
         self.precision = precision
         self.scaler = LossScaler(device) if precision.compute == "fp16" else None
-        self._shards = Shards(model) if sharded and world_size > 1 else None
+        self._shards = Shards(model, compile=compile) if sharded and world_size > 1 else None
         self._ddp = data_parallel(model, device) if world_size > 1 and not sharded else None
         self._forward: nn.Module = self._ddp or model
-        if compile:
+        if compile and self._shards is None:
             self._forward = cast(nn.Module, torch.compile(self._forward))
         self.decides_on_device = device.type == "cuda"
         self.skipped = SkippedUpdates(device, self.scaler, world_size=world_size, on_device=self.decides_on_device)

@@ -40,7 +40,7 @@ def deepspeed(**changes: Any) -> RunConfig:
         ({"precision": {"optimizer_state": "int8"}}, "8-bit state could not be saved"),
         ({"precision": {"compute": "bf16", "bf16_weights": True}}, "fp32 master weights"),
         ({"optim": {"name": "lion"}}, "its state cannot be read back"),
-        ({"compile": True}, "compile=true with engine=deepspeed"),
+        ({"compile": True, "deepspeed": {"zero_stage": 3}}, "compile=true with deepspeed.zero_stage=3"),
         ({"device": "mps"}, "not supported on device=mps"),
         ({"phases": PHASES}, "lays out its optimizer once"),
         ({"engine": "torch", "parallel": "fsdp", "precision": {"optimizer_state": "int8"}}, "blocks of whole tensors"),
@@ -56,7 +56,8 @@ def test_what_does_go_together_is_taken() -> None:
     for stage in range(4):
         deepspeed(deepspeed={"zero_stage": stage}, precision={"compute": "bf16"})
     deepspeed(deepspeed={"zero_stage": 3, "offload_parameters": True, "offload_optimizer": True})
-    deepspeed(engine="torch", parallel="fsdp", precision={"compute": "bf16"})
+    deepspeed(engine="torch", parallel="fsdp", precision={"compute": "bf16"}, compile=True)
+    deepspeed(deepspeed={"zero_stage": 2}, compile=True)
 
 
 def test_the_engine_and_the_workers_are_all_that_a_run_may_change_when_it_is_reshaped() -> None:
