@@ -18,6 +18,7 @@ from search_spaces.space import Space
 from trainers.config import RunConfig
 from trainers.config_io import differences, dump_yaml, fingerprint_fields
 from trainers.data.types import PreparedData
+from trainers.deepspeed_config import tuned_by
 from trainers.errors import ConfigError
 from trainers.identity import read_json
 from trainers.initial import initial_hash
@@ -98,7 +99,7 @@ def sweep_fields(base: RunConfig, settings: SweepSettings, data_hashes: tuple[st
     """Everything that decides what the sweep finds, flat."""
     values = settings.model_dump(mode="json")
     mine = {f"sweep.{name}": json.dumps(value) for name, value in values.items() if name != "space_name"}
-    return fingerprint_fields(base, data_hashes, initial_hash(base)) | mine
+    return fingerprint_fields(base, data_hashes, initial_hash(base), tuned_by(base)) | mine
 
 
 def fingerprint_of(fields: dict[str, Any]) -> str:
