@@ -175,7 +175,6 @@ class SweepDriver:
             self.signals.leave_if_asked()
             slots = slots_of(ray, sweep, self.request)
             self.sweep = sweep = self._within_memory(slots)
-            self.signals.leave_if_asked()
             display.status("opening MLflow")
             parent = self._open_parent(opening, slots)
             population = Population(sweep.settings, sweep.space) if sweep.settings.scheduler == "pbt" else None
@@ -218,6 +217,7 @@ class SweepDriver:
             with self.signals.leaving_at_once():
                 found = self._allowed(sweep, slots, Footprints(vocab_size, sweep.device, folder))
             write_sweep(replace(sweep, taken_out=(*sweep.taken_out, *found.taken_out)), memory=found.to_json())
+            self.signals.leave_if_asked()
         left = Allowed.from_json(sweep.identity["memory"])
         return replace(
             sweep,
