@@ -212,7 +212,8 @@ class SweepDriver:
         sweep = replace(self.sweep, share=slots.share, memory_limit=asked, footprints=told)
         if "memory" not in sweep.identity:
             if asked is None and os.environ.get("RAY_ADDRESS"):
-                self.display.note("memory is not looked at on a cluster unless --memory-limit says what a worker has")
+                looked = "memory is not looked at on a cluster unless --memory-limit says what a worker there may take"
+                self.display.note(looked)
                 return sweep
             with self.signals.leaving_at_once():
                 found = self._allowed(sweep, slots, Footprints(vocab_size, sweep.device, folder))

@@ -207,7 +207,7 @@ def test_on_a_cluster_a_limit_takes_cells_out_and_none_is_said(
     unlimited = driver_of(tmp_path / "a", None, said)._within_memory(SLOTS)
     assert [*unlimited.space["model.n_layers"].grid(2)] == [2, 24] and "memory" not in unlimited.identity
     assert unlimited.footprints is not None and unlimited.footprints.vocab_size == 40  # its trials predict all the same
-    assert said == ["memory is not looked at on a cluster unless --memory-limit says what a worker has"]
+    assert said == ["memory is not looked at on a cluster unless --memory-limit says what a worker there may take"]
     found = peaks(wide(tmp_path), Space((Axis("model.n_layers", Choice((2, 24))),)), footprints)
     limit = round(sum(found.values()) / 2 / 0.92)
     limited = driver_of(tmp_path / "b", limit, said)._within_memory(SLOTS)
