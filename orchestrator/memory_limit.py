@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from trainers.errors import UserError
 UNITS = {"B": 1} | {f"{letter}iB": 1 << shift for letter, shift in zip("KMGT", (10, 20, 30, 40), strict=True)}
 UNITS |= {f"{letter}B": 10**power for letter, power in zip("KMGT", (3, 6, 9, 12), strict=True)}
 HEADROOM_BYTES, HEADROOM_SHARE = 512 << 20, 0.1  # left to the rest of the machine: the larger of the two
+CONTEXT_BYTES = 550 << 20  # of the GPU, that each process takes beside what torch allocates
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -37,17 +40,39 @@ def parse_size(text: str, what: str) -> int:
     return n_bytes
 
 
-def limit_for(device: str, asked: str | None, workers: int) -> Limit:
-    """What each of `workers` on this machine may take on `device` (cpu, cuda, mps)."""
+def limit_for(device: str, asked: str | None, workers: int, *, gpu_share: float | None = None) -> Limit:
+    """What each of `workers` on this machine may take on `device` (cpu, cuda, mps).
+
+    `gpu_share`: of one GPU, that a worker has; None: it finds out by itself what there is. Raises UserError where the
+    GPU cannot be asked.
+    """
     if asked is not None:
         return Limit(parse_size(asked, "--memory-limit"), "--memory-limit")
     if device == "cuda":
-        return Limit(None, "free on the GPU")
+        return Limit(None, "free on the GPU") if gpu_share is None else part_of_gpu(gpu_share, _free_on_gpu())
     available, where = available_memory()
     headroom = int(max(HEADROOM_BYTES, HEADROOM_SHARE * available))
     share = f", divided by {workers} workers" if workers > 1 else ""
     source = f"{size(available)} available {where}, less {size(headroom)} of headroom{share}"
     return Limit(max(1, (available - headroom) // workers), source)
+
+
+def part_of_gpu(share: float, free: int) -> Limit:
+    """What torch may allocate in each process that has `share` of a GPU, of which one process would find `free`."""
+    if share >= 1:
+        return Limit(free, "free on the GPU")
+    part = int(share * (free + CONTEXT_BYTES)) - CONTEXT_BYTES  # what one finds is so beside its own context
+    return Limit(max(1, part), f"{share:g} of the {size(free)} free on the GPU")
+
+
+def _free_on_gpu() -> int:
+    """Asked by a process of its own: this one would keep a context on the GPU for as long as it lives."""
+    command = [sys.executable, "-c", "import torch; print(torch.cuda.mem_get_info()[0])"]
+    asked = subprocess.run(command, capture_output=True, text=True, check=False)
+    if asked.returncode != 0:
+        last = (asked.stderr.strip().splitlines() or [f"exit code {asked.returncode}"])[-1]
+        raise UserError(f"the GPU cannot be asked for its memory ({last}). Say it: --memory-limit 20GiB.")
+    return int(asked.stdout)
 
 
 def available_memory() -> tuple[int, str]:

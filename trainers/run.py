@@ -344,7 +344,8 @@ class Run:
         return self._end("finished", "early_stopping" if stopped_early else "completed")
 
     def _end(self, state: str, reason: str) -> Outcome:
-        outcome = Outcome(state, reason, self.progress.step, self.progress.tokens, dict(self.progress.last))
+        last = {**self.progress.last, **self.meter.peak()}
+        outcome = Outcome(state, reason, self.progress.step, self.progress.tokens, last)
         if self.rank == 0:
             self._finish_record(state)
             write_outcome(self.ctx, outcome)

@@ -21,6 +21,7 @@ from orchestrator.provenance import describe_environment
 from orchestrator.ray_cluster import ray_cluster
 from orchestrator.signals import StopSignals
 from orchestrator.sweeps.desk import TrialDesk, best_of
+from orchestrator.sweeps.foreseen import TrialFootprints
 from orchestrator.sweeps.history import StopReason
 from orchestrator.sweeps.journal import JOURNAL, Journal, read_history
 from orchestrator.sweeps.memory import Allowed, Footprints, allowed
@@ -203,36 +204,49 @@ class SweepDriver:
                 return self._conclude(desk, parent)
 
     def _within_memory(self, slots: Slots) -> Sweep:
-        """The sweep without the cells that cannot be trained here, decided once in its life; on a cluster everything
-        is kept, since this machine is not the one that trains."""
-        sweep = replace(self.sweep, share=slots.share, memory_limit=self.request.memory_limit)
-        if os.environ.get("RAY_ADDRESS"):
-            return sweep
-        folder = cache_dir(sweep.runs_dir)
-        footprints = Footprints(self.data.tokenizer.vocab_size, sweep.device, folder)
+        """The sweep without the cells that cannot be trained, decided once in its life.
+
+        KeyboardInterrupt where a signal comes meanwhile.
+        """
+        folder, vocab_size = cache_dir(self.sweep.runs_dir), self.data.tokenizer.vocab_size
+        asked = self.request.memory_limit
+        told = TrialFootprints(vocab_size, folder, self.display.note)
+        sweep = replace(self.sweep, share=slots.share, memory_limit=asked, footprints=told)
         if "memory" not in sweep.identity:
-            asked = None if self.request.memory_limit is None else f"{self.request.memory_limit}B"
-            found = allowed(
-                sweep.base,
-                sweep.space,
-                self.data,
-                limit_for(sweep.device, asked, slots.count * sweep.base.workers),
-                footprints,
-                device=sweep.device,
-                threads=sweep.settings.cpus_per_trial,
-                cache_dir=folder,
-                say=self.display.note,
-            )
-            taken_out = (*sweep.taken_out, *found.taken_out)
-            write_sweep(replace(sweep, taken_out=taken_out), memory=found.to_json())
+            if asked is None and os.environ.get("RAY_ADDRESS"):
+                looked = "memory is not looked at on a cluster unless --memory-limit says what a worker there may take"
+                self.display.note(looked)
+                return sweep
+            with self.signals.leaving_at_once():
+                found = self._allowed(sweep, slots, Footprints(vocab_size, sweep.device, folder))
+            write_sweep(replace(sweep, taken_out=(*sweep.taken_out, *found.taken_out)), memory=found.to_json())
+            self.signals.leave_if_asked()
         left = Allowed.from_json(sweep.identity["memory"])
         return replace(
             sweep,
             space=left.space,
             taken_out=(*sweep.taken_out, *left.taken_out),
             micro_limit=left.micro_limit,
-            footprints=footprints,
+            memory_limit=asked or left.limit_bytes,
         )
+
+    def _allowed(self, sweep: Sweep, slots: Slots, footprints: Footprints) -> Allowed:
+        asked = None if self.request.memory_limit is None else f"{self.request.memory_limit}B"
+        gpu_share = min(1.0, slots.gpus_per_trial / sweep.base.workers or 1.0)
+        limit = limit_for(sweep.device, asked, slots.count * sweep.base.workers, gpu_share=gpu_share)
+        found = allowed(
+            sweep.base,
+            sweep.space,
+            self.data,
+            limit,
+            footprints,
+            device=sweep.device,
+            threads=sweep.settings.cpus_per_trial,
+            cache_dir=cache_dir(sweep.runs_dir),
+            say=self.display.note,
+            is_here=not os.environ.get("RAY_ADDRESS"),
+        )
+        return found if asked or gpu_share == 1.0 else replace(found, limit_bytes=limit.bytes)
 
     # ---- while it runs --------------------------------------------------------------------------
 

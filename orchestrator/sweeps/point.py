@@ -140,9 +140,12 @@ class PointRun:
             self._tell([seed])  # what was recorded before a kill and perhaps never heard
         self._clock.start()
         try:
-            return seed.train(milestone)
+            said = seed.train(milestone)
         finally:
             self._clock.stop()
+        if said.state == "finished":
+            seed.foresee()
+        return said
 
     def _heard(self) -> None:
         """A seed has been evaluated."""
@@ -230,6 +233,12 @@ class SeedRun:
             reason = {"nonfinite": "nonfinite", OUT_OF_MEMORY: "oom"}.get(kind, "error")
             return Said(state="failed", reason=reason, message=text or kind)
         return Said(state=outcome["state"], reason=outcome["reason"])
+
+    def foresee(self) -> None:
+        """Predict the memory that it took, for the driver; it has ended whatever comes of that."""
+        from orchestrator.sweeps.foreseen import foresee
+
+        foresee(self._job)
 
     def _train_with_workers(self, milestone: int | None) -> None:
         """Ray Train inside the trial: the workers have their own actors, and go on while an evaluation is judged."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestrator.experiment import SWEEP, confined, write_atomically
 from orchestrator.plan import packed_tokens, plan_phase, steps_per_epoch
-from orchestrator.sweeps.memory import Footprints
+from orchestrator.sweeps.foreseen import TrialFootprints
 from orchestrator.sweeps.settings import SweepSettings
 from search_spaces.precisions import Device
 from search_spaces.space import Space
@@ -66,8 +66,8 @@ class Sweep:
     micro_limit: int | None = None
     share: dict[str, int] = field(default_factory=dict)
     """of the cluster for each worker of a trial that has several (`ray_cluster.Resources`)"""
-    footprints: Footprints | None = None
-    """what its trials are predicted to take; None: nobody asked"""
+    footprints: TrialFootprints | None = None
+    """what its trials were predicted to take; None: nobody asks them"""
     memory_limit: int | None = None
     """bytes that each worker may take; None: whatever there is"""
     shared_identity: dict[str, Any] = field(default_factory=dict)

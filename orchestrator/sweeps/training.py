@@ -11,8 +11,8 @@ from typing import Any
 
 from orchestrator.experiment import OUTCOME, Experiment, cache_dir, write_identity
 from orchestrator.provenance import describe_environment
+from orchestrator.sweeps.foreseen import TrialFootprints
 from orchestrator.sweeps.history import Ending, Exploit, History, StopReason, Trial, seed_names, trial_name
-from orchestrator.sweeps.memory import Footprints
 from orchestrator.sweeps.sweep import Sweep, total_steps_of
 from orchestrator.sweeps.trials import run_of
 from orchestrator.tracker import Nested, OpeningStore, Tracker
@@ -23,7 +23,6 @@ from trainers.context import GIVEN_UP, STOP_REQUEST, request_stop
 from trainers.deepspeed_config import tuned_by
 from trainers.identity import read_identity, read_json
 from trainers.initial import initial_hash
-from trainers.record import series
 
 EXPLOITED = "exploited"
 """why a member's training ends when it takes over another's checkpoint"""
@@ -39,7 +38,7 @@ class SeedTraining:
         tracker: Tracker,
         job: dict[str, Any],
         seeds: int,
-        footprints: Footprints | None = None,
+        footprints: TrialFootprints | None = None,
     ):
         self.folder = experiment.run_dir
         self._config, self._footprints = experiment.config, footprints
@@ -57,19 +56,17 @@ class SeedTraining:
             outcome["state"] = "failed"
         elif reason != "completed":
             outcome["state"] = "stopped"
-        if ending is not None:
-            predicted = self._predicted() if outcome["state"] == "finished" else {}
-            self._tracker.log_last(told(ending, self._seeds) | predicted)
-        self._tracker.close({**outcome, "stop_reason": reason})
-        self._claim.release()
+        try:
+            if ending is not None:
+                predicted = self._predicted() if outcome["state"] == "finished" else {}
+                self._tracker.log_last(told(ending, self._seeds) | predicted)
+            self._tracker.close({**outcome, "stop_reason": reason})
+        finally:
+            self._claim.release()
 
     def _predicted(self) -> dict[str, float]:
         """What a plan says of a training that has been measured (mem/peak_gib); the measurement teaches the next."""
-        if self._footprints is None:
-            return {}
-        measured = max((gib for _, gib in series(self.folder / "metrics.jsonl", "mem/peak_gib")), default=0.0)
-        self._footprints.learn(self._config, round(measured * 2**30))
-        return {"mem/predicted_gib": self._footprints.peak_bytes(self._config) / 2**30}
+        return {} if self._footprints is None else self._footprints.of(self.folder, self._config)
 
 
 def open_trial(
@@ -184,6 +181,7 @@ def _job(sweep: Sweep, experiment: Experiment, claim: Claim) -> dict[str, Any]:
         "memory_limit": sweep.memory_limit,
         "workers": experiment.config.workers,
         "share": sweep.share,
+        "vocab_size": None if sweep.footprints is None else sweep.footprints.vocab_size,
     }
 
 

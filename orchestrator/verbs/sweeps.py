@@ -163,8 +163,9 @@ class LimitOptions:
         typer.Option(
             "--memory-limit",
             metavar="SIZE",
-            help="Memory that each worker of a trial may take, such as 4GiB: what cannot fit is left out.",
-            show_default="its part of what is available",
+            help="Memory that each worker of a trial may take, such as 4GiB: what cannot fit is left out, on a cluster "
+            "too.",
+            show_default="its part of what this machine has",
         ),
     ] = None
     then_train: Annotated[

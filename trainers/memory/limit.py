@@ -6,8 +6,9 @@ import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from trainers.memory.resident import resident_peak, status_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +60,7 @@ class ProcessMemory:
         """From now on asking for much more than the limit fails, instead of taking it. MemoryError if it is taken."""
         import resource
 
-        resident, reserved = _status("VmRSS"), _status("VmSize")
+        resident, reserved = status_bytes("VmRSS"), status_bytes("VmSize")
         if resident is None or reserved is None:
             return  # no /proc: macOS, whose kernel does not heed RLIMIT_AS either
         if resident > self.limit_bytes:
@@ -78,11 +79,8 @@ class ProcessMemory:
             resource.setrlimit(resource.RLIMIT_AS, self._lifted)
 
     def peak(self) -> int:
-        """Bytes resident at most so far. Not ru_maxrss on Linux, where a child begins with its parent's."""
-        import resource
-
-        seen = _status("VmHWM")
-        return seen if seen is not None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        """Bytes resident at most so far."""
+        return resident_peak()
 
     def reserved(self) -> int | None:
         return None
@@ -117,16 +115,6 @@ class CudaMemory:
 
 
 Memory = ProcessMemory | CudaMemory
-
-
-def _status(field: str) -> int | None:
-    """Bytes, from /proc/self/status; None where there is none."""
-    try:
-        text = Path("/proc/self/status").read_text()
-    except FileNotFoundError:
-        return None
-    found = re.search(rf"^{field}:\s*(\d+) kB", text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
