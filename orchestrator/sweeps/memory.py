@@ -31,8 +31,7 @@ from trainers.memory.calibration import Sample, calibration_of, refine
 from trainers.memory.fit import worker_rows
 
 if TYPE_CHECKING:
-    from trainers.memory.prediction import Footprint
-    from trainers.memory.timeline import Timeline
+    from trainers.memory.prediction import Footprint, Timelines
 
 AMPLE = 0.5  # of the memory: a guess below this needs no prediction
 MARGIN = 0.92  # of the memory that a prediction may fill: it errs by up to 8%
@@ -78,7 +77,7 @@ class Footprints:
         self._vocab_size, self._device, self._calibrations = vocab_size, device, calibrations
         self._highest = 0
         self._calibration = calibration_of(device, calibrations)
-        self._timelines: dict[tuple[Any, ...], Timeline] = {}
+        self._timelines: dict[tuple[Any, ...], Timelines] = {}
         self._lock = threading.Lock()
 
     def of(self, config: RunConfig) -> Footprint:
