@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 
 from orchestrator.claimed import claimed
+from orchestrator.cli import main
 from orchestrator.experiment import Experiment, Request, settle, write_identity
 from orchestrator.out_of_memory import accident_of, explain, shrunk
 from trainers.config import RunConfig
 from trainers.config_io import dump_yaml, override
 from trainers.errors import ConfigError, UserError
+from trainers.models import parameter_count
 from trainers.presets import PRESETS
 from trainers.record import series
 
@@ -80,8 +82,29 @@ def test_it_is_explained_with_the_plans_numbers_and_the_next_command(tmp_path: P
     micro = override(config, [found[2]]).micro_sequences
     assert ROWS % micro == 0 and micro < ROWS
     assert "--on-oom shrink" in told
-    alone = override(config, ["batch.sequences=1"])
-    assert "activation_checkpointing" in explain(experiment_of(alone), request, 30, "cpu", OUTCOME)
+
+
+def test_where_not_even_one_row_fits_the_plan_that_is_named_is_the_runs_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is asked of the run, whose preset knows nothing of its settings, or is none."""
+    config = override(hungry(tmp_path), ["batch.sequences=1", "preset=custom"])
+    request = Request(tmp_path / "runs", name="hungry", memory_limit=700 << 20)
+    request.runs_dir.mkdir()
+    begun = settle(config, request, ("hash",))
+    begun.run_dir.mkdir()
+    write_identity(begun)
+    told = explain(begun, request, 30, "cpu", OUTCOME)
+    assert "activation_checkpointing" in told
+    found = re.search(r"`orchestrate (plan .*)`", told)
+    assert found is not None, told
+    assert main([*shlex.split(found[1]), "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    vocabulary = planned["vocab_size"]
+    assert planned["parameters"] == parameter_count(config.model, vocabulary)
+    assert planned["parameters"] != parameter_count(PRESETS["fundamentallm/tiny"]().model, vocabulary)
+    assert len(planned["memory"]["cells"]) > 2 and planned["memory"]["cells"][0]["batches"][0]["micro_sequences"] == 1
+    assert main(["plan", config.preset, "--variants"]) == 2  # what was named before
 
 
 def test_a_run_may_go_on_in_smaller_pieces_and_in_no_other_way(tmp_path: Path) -> None:
