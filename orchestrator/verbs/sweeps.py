@@ -161,14 +161,14 @@ class LimitOptions:
         ),
     ] = None
     then_train: Annotated[
-        bool, typer.Option("--then-train", help="Train the winner at the preset's full budget afterwards.")
+        bool, typer.Option("--then-train", help="Train the winner at the preset's or file's own budget afterwards.")
     ] = False
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew as NAME-2 beside a sweep of that name.")] = False
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Ray's own log lines too.")] = False
     json: options.Json = False
 
-    def request(self, runs_dir: Path) -> SweepRequest:
-        """What they ask for in that folder. Raises UserError."""
+    def request(self, runs_dir: Path, typed_runs_dir: Path | None, own: RunConfig) -> SweepRequest:
+        """What they ask for in that folder. `own`: the target before the command line's settings. Raises UserError."""
         from orchestrator.experiment import confined
         from orchestrator.memory_limit import parse_size
         from orchestrator.sweeps.sweep import SweepRequest
@@ -184,13 +184,14 @@ class LimitOptions:
                 raise UserError(f"--{option} must be above 0, got {amount:g}.")
         return SweepRequest(
             runs_dir=runs_dir,
+            typed_runs_dir=typed_runs_dir,
             name=self.name,
             concurrent=self.concurrent,
             gpus_per_trial=self.gpus_per_trial,
             max_seconds=None if self.max_time is None else seconds_of(self.max_time),
             max_tokens=self.max_tokens,
             max_gpu_hours=self.max_gpu_hours,
-            then_train=self.then_train,
+            then_train=own if self.then_train else None,
             fresh=self.fresh,
             verbose=self.verbose,
             json=self.json,
@@ -226,9 +227,10 @@ def tune(
     from orchestrator.sweeps.population import check_population
     from orchestrator.sweeps.settings import build_settings
     from orchestrator.sweeps.slots import check_fits_here, device_of
+    from orchestrator.sweeps.winner import check_can_train
 
     chosen = target.resolve()
-    request = limits.request(target.runs_dir.absolute())
+    request = limits.request(target.runs_dir.absolute(), target.typed_runs_dir, chosen.loaded or chosen.config)
     device = device_of(chosen.config, request)
     space, space_name, taken_out = space_of(chosen.config, searched.space, searched.set_space or [], device)
     draft = search.draft(space, space_name)
@@ -236,6 +238,8 @@ def tune(
     settings = build_settings(draft, space.to_json(), tokens=10**18)
     if settings.scheduler == "pbt":
         check_population(space, settings, chosen.config.workers)
+    if limits.then_train:
+        check_can_train(settings)
     check_fits_here(chosen.config.workers, settings.cpus_per_trial)
     if not dry_run:
         check_runs_dir(request.runs_dir)
