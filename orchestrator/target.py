@@ -218,8 +218,9 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     for part in [values["data"], *(phase["data"] for phase in values["phases"] if phase["data"])]:
         for source in part["sources"]:
             source["corpus"] = absolute(source["corpus"])
-    if values["tokenizer"]["path"] is not None:
-        values["tokenizer"]["path"] = absolute(values["tokenizer"]["path"])
+    for part, key in ((values["tokenizer"], "path"), (values["deepspeed"], "config")):
+        if part[key] is not None:
+            part[key] = absolute(part[key])
     return config if values == config.model_dump(mode="json") else build_config(values)
 
 

@@ -18,8 +18,9 @@ RESUMABLE: frozenset[str] = frozenset({"budget", "user"})
 """reasons after which a trial goes on when the sweep does; every other ending is final"""
 FAILED: frozenset[str] = frozenset({"nonfinite", "oom", "error"})
 """reasons after which a trial has no objective"""
-PENALTY = 1e6
-"""the objective of a trial that has none (non-finite, out of memory, failed), in the worse direction"""
+PENALTY = 1e30
+"""the objective of a trial that has none (non-finite, out of memory, failed), in the worse direction: beyond any speed
+or perplexity that says something, and squares of it are still finite"""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -44,15 +45,22 @@ def device_of(base: RunConfig, request: SweepRequest) -> Device:
         if begun.get("device") in get_args(Device):
             return begun["device"]
     if os.environ.get("RAY_ADDRESS"):
-        try:
-            with ray_cluster(base.workers, verbose=False, log_path=Path(os.devnull)) as ray:
-                return _device_there(ray, base, request)
-        except ConnectionError as error:
-            first = str(error).strip().splitlines()[0]
-            raise UserError(f"the Ray cluster that RAY_ADDRESS names cannot be asked what it has: {first}") from error
+        with asked_cluster(base.workers) as ray:
+            return _device_there(ray, base, request)
     from trainers.devices import resolve_device
 
     return resolve_device("auto").type  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def asked_cluster(workers: int) -> Iterator[Any]:
+    """The cluster that RAY_ADDRESS names, to be asked what it has. Raises UserError where it does not answer."""
+    try:
+        with ray_cluster(workers, verbose=False, log_path=Path(os.devnull)) as ray:
+            yield ray
+    except ConnectionError as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"the Ray cluster that RAY_ADDRESS names cannot be asked what it has: {first}") from error
 
 
 def _device_there(ray: Any, base: RunConfig, request: SweepRequest) -> Device:

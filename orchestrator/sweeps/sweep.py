@@ -18,11 +18,13 @@ from search_spaces.space import Space
 from trainers.config import RunConfig
 from trainers.config_io import differences, dump_yaml, fingerprint_fields
 from trainers.data.types import PreparedData
+from trainers.deepspeed_config import tuned_by
 from trainers.errors import ConfigError
 from trainers.identity import read_json
 from trainers.initial import initial_hash
 
 MAY_GROW = "sweep.trials"
+SPACE = "sweep.space"
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def sweep_fields(base: RunConfig, settings: SweepSettings, data_hashes: tuple[st
     """Everything that decides what the sweep finds, flat."""
     values = settings.model_dump(mode="json")
     mine = {f"sweep.{name}": json.dumps(value) for name, value in values.items() if name != "space_name"}
-    return fingerprint_fields(base, data_hashes, initial_hash(base)) | mine
+    return fingerprint_fields(base, data_hashes, initial_hash(base), tuned_by(base)) | mine
 
 
 def fingerprint_of(fields: dict[str, Any]) -> str:
@@ -136,7 +138,7 @@ def refuse_another(name: str, folder: Path, fields: dict[str, Any]) -> None:
         return
     was = stored.get("fields", {})
     if fingerprint_of(was) != fingerprint_of(fields):
-        changed = "\n  ".join(_readable(line) for line in differences(was, fields) if not line.startswith(MAY_GROW))
+        changed = "\n  ".join(_changes(was, fields))
         raise ConfigError(
             f"sweep {name!r} exists with other settings (left: the sweep, right: this command):\n  {changed}\n"
             f"Give this one another --name, or --fresh to start {name}-2, or repeat the sweep's own settings to go on."
@@ -146,6 +148,25 @@ def refuse_another(name: str, folder: Path, fields: dict[str, Any]) -> None:
         raise ConfigError(
             f"sweep {name!r} has {trials} trials and cannot take some back: say --trials {trials} or more."
         )
+
+
+def _changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A line for each field that differs; of the space, for each path whose domain does."""
+    apart = _space_changes(was.get(SPACE), now.get(SPACE))
+    held = (MAY_GROW, *([SPACE] if apart else []))
+    return [_readable(line) for line in differences(was, now) if not line.startswith(held)] + apart
+
+
+def _space_changes(was: str | None, now: str | None) -> list[str]:
+    """`optim.lr: log 1e-05 .. 0.001 -> log 1e-05 .. 0.01`; none where the two are one, or one cannot be read."""
+    try:
+        old, new = (Space.from_json(json.loads(text or "")) for text in (was, now))
+    except (ValueError, ConfigError):
+        return []
+    if old == new:
+        return []
+    lines = [_readable(line) for line in differences(old.describe(), new.describe())]
+    return lines or ([f"the space's order: {', '.join(old)} -> {', '.join(new)}"] if [*old] != [*new] else [])
 
 
 def _readable(line: str) -> str:

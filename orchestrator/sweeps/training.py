@@ -21,6 +21,7 @@ from trainers.claim import Claim
 from trainers.config import RunConfig
 from trainers.config_io import build_config, fingerprint, fingerprint_fields, read_yaml
 from trainers.context import STOP_REQUEST, request_stop
+from trainers.deepspeed_config import tuned_by
 from trainers.identity import read_identity, read_json
 from trainers.initial import initial_hash
 from trainers.record import series
@@ -88,9 +89,8 @@ def open_trial(
     names = seed_names(trial.number, settings.seeds, len(trial.lineage))
     with contextlib.ExitStack() as opened:
         for index, (name, config) in enumerate(zip(names, configs, strict=True)):
-            start = initial_hash(config)
-            fields = fingerprint_fields(config, sweep.data_hashes, start)
-            experiment = _experiment(sweep, name, config, fingerprint(config, sweep.data_hashes, start), fields)
+            what = (config, sweep.data_hashes, initial_hash(config), tuned_by(config))
+            experiment = _experiment(sweep, name, config, fingerprint(*what), fingerprint_fields(*what))
             claim = opened.enter_context(Claim.acquire(experiment.run_dir, say=say))
             (experiment.run_dir / STOP_REQUEST).unlink(missing_ok=True)
             (experiment.run_dir / "logs").mkdir(exist_ok=True)

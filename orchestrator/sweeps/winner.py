@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.sweeps.history import History, Params, Trial, seed_names
-from orchestrator.sweeps.settings import SweepSettings
 from orchestrator.sweeps.trials import run_of
 from trainers.config import EXCLUSIVE, RunConfig
 from trainers.config_io import build_config
@@ -65,9 +64,9 @@ def course_of(history: History, trial: Trial, until: float = math.inf) -> list[t
     return [*before, (last.tokens, trial.name, last.params)]
 
 
-def check_can_train(settings: SweepSettings) -> None:
+def check_can_train(scheduler: str) -> None:
     """ConfigError where no training from scratch is what won (--then-train)."""
-    if settings.scheduler == "pbt":
+    if scheduler == "pbt":
         raise ConfigError(
             "--then-train trains from scratch with the winner's settings, and what wins with scheduler=pbt are weights "
             "that were trained while these changed: leave it out, and use those weights."

@@ -68,7 +68,8 @@ Precision = Annotated[
     typer.Option(
         "--precision",
         metavar="fp32|fp16|bf16|int8|int4",
-        help="What it computes in and keeps its numbers in.",
+        help="What it computes in and keeps its numbers in. int4 trains adapters over the frozen weights of a run: it "
+        "needs --init-from.",
         show_default="the preset's",
     ),
 ]

@@ -101,6 +101,51 @@ def test_a_run_may_go_on_in_smaller_pieces_and_in_no_other_way(tmp_path: Path) -
             settle(override(config, ["batch.micro_sequences=8", change]), request, ("hash",))
 
 
+# ---- inside a worker --------------------------------------------------------------------------------------------
+
+
+def worked(folder: Path, monkeypatch: pytest.MonkeyPatch, train: Any, **changes: Any) -> dict[str, Any] | None:
+    """How a worker of one rank ended whose training is `train`; None: it said nothing."""
+    import trainers.loop
+    from orchestrator.worker import attempt
+    from trainers.context import LocalContext
+
+    folder.mkdir(exist_ok=True)
+    monkeypatch.setattr(trainers.loop, "train", train)
+    job = {"config": hungry(folder).model_dump(mode="json"), "threads": 1, "tracking": {}, **changes}
+    attempt(job, lambda: LocalContext(folder / "run"))
+    return stored(folder / "run") if (folder / "run" / "outcome.json").exists() else None
+
+
+def test_memory_that_python_refuses_without_a_word_is_an_accident_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(MemoryError) as refused:
+        bytearray(1 << 62)
+    assert str(refused.value) == ""  # it says nothing, so its kind has to do
+    ended = worked(tmp_path, monkeypatch, lambda config, context: bytearray(1 << 62))
+    assert accident_of(ended) == "MemoryError"
+
+
+def test_a_run_on_the_cpu_is_held_to_memory_of_the_cpu_beside_a_gpu_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import resource
+
+    import torch
+
+    def limits(*_: Any) -> None:
+        seen.append(resource.getrlimit(resource.RLIMIT_AS)[0])
+
+    seen: list[int] = []
+    outside = resource.getrlimit(resource.RLIMIT_AS)[0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    worked(tmp_path / "free", monkeypatch, limits)
+    worked(tmp_path / "held", monkeypatch, limits, memory_limit=64 << 30)
+    assert seen[0] == outside and 64 << 30 < seen[1] != outside  # the negative control first: no limit
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == outside
+
+
 # ---- with real workers against a real limit ------------------------------------------------------------------------
 
 

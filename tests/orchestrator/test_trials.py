@@ -462,9 +462,9 @@ def test_the_course_of_weights_is_that_of_those_they_were_taken_from() -> None:
 
 def test_what_won_a_population_is_not_trained_from_scratch() -> None:
     for scheduler in ("none", "asha", "median"):
-        check_can_train(settings(scheduler=scheduler))
+        check_can_train(scheduler)
     with pytest.raises(ConfigError, match="--then-train trains from scratch"):
-        check_can_train(settings(scheduler="pbt", searcher="random", evaluations=4))
+        check_can_train("pbt")
 
 
 # ---- after the search, and its budgets ------------------------------------------------------------------------
