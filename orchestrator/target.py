@@ -62,6 +62,8 @@ class Target:
     """the preset's, file's or run's name"""
     notes: tuple[str, ...] = ()
     """what a person should know about how it was understood"""
+    loaded: RunConfig | None = None
+    """what the preset, file or run itself says, where flags and settings were laid over it"""
 
 
 def resolve(arguments: list[str], flags: Flags, runs_dir: Path) -> Target:
@@ -84,7 +86,7 @@ def resolve(arguments: list[str], flags: Flags, runs_dir: Path) -> Target:
     config = with_absolute_paths(config)
     _refuse_runs_among_text(config, runs_dir)
     notes += _warmup_notes(config)
-    return Target(config, start.kind, start.label, tuple(notes))
+    return Target(config, start.kind, start.label, tuple(notes), start.config)
 
 
 def split(arguments: list[str]) -> tuple[str, list[str]]:

@@ -71,6 +71,8 @@ class Trial:
     """None while it runs, waits, or can go on"""
     train_s: float = 0.0
     """seconds inside train() before it was interrupted or rested; those since are not in it"""
+    began: Params = field(default_factory=dict)
+    """the params it was asked for with: those of a population's member change"""
     lineage: list[Exploit] = field(default_factory=list)
     """what it took over from other members of its population; each begins a folder of its own"""
 
@@ -102,7 +104,7 @@ class History:
 
     def ask(self, number: int, params: Params) -> Trial:
         assert number not in self.trials
-        self.trials[number] = trial = Trial(number, params)
+        self.trials[number] = trial = Trial(number, params, began=params)
         self.events.append(Event("asked", number))
         return trial
 

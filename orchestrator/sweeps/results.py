@@ -173,7 +173,9 @@ class SweepResults:
     best: int | None = None
     """the number of the point that the sweep itself names its best"""
     command: str = ""
-    """that trains the winner, ready to paste"""
+    """that uses the winner, ready to paste"""
+    lineage: str = ""
+    """how the weights of a population's winner came about, in a sentence"""
     taken_out: tuple[tuple[str, str], ...] = ()
     """(cell, reason)"""
     slots: int = 1

@@ -32,13 +32,17 @@ class SweepRequest:
     """What the command line asked for besides the sweep itself: it changes when and where, not what."""
 
     runs_dir: Path
+    """absolute"""
+    typed_runs_dir: Path | None = None
+    """where another than the default was named, for commands to paste"""
     name: str | None = None
     concurrent: int | None = None
     gpus_per_trial: float | None = None
     max_seconds: float | None = None
     max_tokens: int | None = None
     max_gpu_hours: float | None = None
-    then_train: bool = False
+    then_train: RunConfig | None = None
+    """whose budgets the winner trains on when the search is done; None: it does not"""
     fresh: bool = False
     verbose: bool = False
     json: bool = False
@@ -70,6 +74,8 @@ class Sweep:
     """what its trials were predicted to take; None: nobody asks them"""
     memory_limit: int | None = None
     """bytes that each worker may take; None: whatever there is"""
+    typed_runs_dir: Path | None = None
+    """`SweepRequest.typed_runs_dir`"""
     shared_identity: dict[str, Any] = field(default_factory=dict)
     """what the identities of all trials have alike: the text and the tokenizer"""
 

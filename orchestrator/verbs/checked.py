@@ -109,8 +109,10 @@ def _check_sweep(parameters: Mapping[str, Any], config: RunConfig) -> tuple[str,
 
     device = "cuda" if config.device == "auto" else config.device
     searched = _given(parameters, SpaceOptions)
-    _given(parameters, LimitOptions).request(NO_RUNS_HERE)
-    sought(config, searched, _given(parameters, SearchOptions), device, packages=False)
+    limits = _given(parameters, LimitOptions)
+    limits.request(NO_RUNS_HERE, config)
+    search = _given(parameters, SearchOptions)
+    sought(config, searched, search, device, then_train=limits.then_train, packages=False)
     named = searched.space
     return (named,) if named is not None and os.path.isfile(named) else ()
 

@@ -116,6 +116,11 @@ class TargetOptions:
             init_from=self.init_from,
         )
 
+    @property
+    def typed_runs_dir(self) -> Path | None:
+        """The runs folder where another than the default was named, for commands to paste."""
+        return None if self.runs_dir == DEFAULT_RUNS else self.runs_dir
+
     def resolve(self) -> Target:
         """The one configuration that all of it means. Raises UserError."""
         from orchestrator.target import resolve

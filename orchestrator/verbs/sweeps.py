@@ -169,14 +169,14 @@ class LimitOptions:
         ),
     ] = None
     then_train: Annotated[
-        bool, typer.Option("--then-train", help="Train the winner at the preset's full budget afterwards.")
+        bool, typer.Option("--then-train", help="Train the winner at the preset's or file's own budget afterwards.")
     ] = False
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew as NAME-2 beside a sweep of that name.")] = False
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Ray's own log lines too.")] = False
     json: options.Json = False
 
-    def request(self, runs_dir: Path) -> SweepRequest:
-        """What they ask for in that folder. Raises UserError."""
+    def request(self, runs_dir: Path, own: RunConfig, typed_runs_dir: Path | None = None) -> SweepRequest:
+        """What they ask for in that folder. `own`: the target before the command line's settings. Raises UserError."""
         from orchestrator.experiment import confined
         from orchestrator.memory_limit import parse_size
         from orchestrator.sweeps.sweep import SweepRequest
@@ -192,13 +192,14 @@ class LimitOptions:
                 raise UserError(f"--{option} must be above 0, got {amount:g}.")
         return SweepRequest(
             runs_dir=runs_dir,
+            typed_runs_dir=typed_runs_dir,
             name=self.name,
             concurrent=self.concurrent,
             gpus_per_trial=self.gpus_per_trial,
             max_seconds=None if self.max_time is None else seconds_of(self.max_time),
             max_tokens=self.max_tokens,
             max_gpu_hours=self.max_gpu_hours,
-            then_train=self.then_train,
+            then_train=own if self.then_train else None,
             fresh=self.fresh,
             verbose=self.verbose,
             json=self.json,
@@ -234,9 +235,9 @@ def tune(
     from orchestrator.sweeps.slots import check_fits_here, device_of
 
     chosen = target.resolve()
-    request = limits.request(target.runs_dir.absolute())
+    request = limits.request(target.runs_dir.absolute(), chosen.loaded or chosen.config, target.typed_runs_dir)
     device = device_of(chosen.config, request)
-    space, draft, taken_out = sought(chosen.config, searched, search, device)
+    space, draft, taken_out = sought(chosen.config, searched, search, device, then_train=limits.then_train)
     check_fits_here(chosen.config.workers, search.cpus_per_trial)
     if not dry_run:
         check_runs_dir(request.runs_dir)
@@ -247,7 +248,13 @@ def tune(
 
 
 def sought(
-    config: RunConfig, searched: SpaceOptions, search: SearchOptions, device: Any, *, packages: bool = True
+    config: RunConfig,
+    searched: SpaceOptions,
+    search: SearchOptions,
+    device: Any,
+    *,
+    then_train: bool = False,
+    packages: bool = True,
 ) -> tuple[Space, dict[str, Any], tuple[tuple[str, str], ...]]:
     """The space, the settings without what the text says, and the cells taken out with their reasons.
 
@@ -256,6 +263,7 @@ def sought(
     from orchestrator.sweeps.population import check_population
     from orchestrator.sweeps.rules import check_rule
     from orchestrator.sweeps.settings import build_settings
+    from orchestrator.sweeps.winner import check_can_train
 
     space, name, taken_out = space_of(config, searched.space, searched.set_space or [], device, packages=packages)
     draft = search.draft(space, name)
@@ -263,6 +271,8 @@ def sought(
     check_rule(space, settings.scheduler)
     if settings.scheduler == "pbt":
         check_population(space, settings, config.workers)
+    if then_train:
+        check_can_train(settings.scheduler)
     return space, draft, taken_out
 
 

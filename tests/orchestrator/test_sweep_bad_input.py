@@ -52,6 +52,10 @@ CASES: dict[str, tuple[list[str], str]] = {
     "a population of three": ([*LR, "--scheduler", "pbt", "--trials", "3", "--searcher", "random"], "at least 4"),
     "a population of batches": (["--space", "lr_batch", "--scheduler", "pbt", "--searcher", "random"], "cannot change"),
     "a population with workers": ([*LR, "--scheduler", "pbt", "--searcher", "random", "--workers", "2"], "--workers 1"),
+    "a population trained on": (
+        [*LR, "--scheduler", "pbt", "--searcher", "random", "--then-train"],
+        "--then-train trains from scratch",
+    ),
     "more CPUs than there are": ([*LR, "--cpus-per-trial", "64000"], "could never start"),
     "no time": ([*LR, "--max-time", "soon"], "--max-time is a time such as"),
     "time backwards": ([*LR, "--max-time", "-5m"], "--max-time"),
@@ -80,7 +84,7 @@ def test_bad_input_gets_one_message_and_leaves_nothing(
 
 def test_a_dry_run_refuses_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = ("an unknown space", "no trials", "an unknown metric", "grace beyond the budget", "a population of three")
-    for case in (*cases, "more CPUs than there are"):
+    for case in (*cases, "a population trained on", "more CPUs than there are"):
         arguments, part = CASES[case]
         assert part in refused([*TINY, *arguments, "--dry-run"], capsys)
     assert left_behind(tmp_path) == ["text.txt"]
