@@ -21,7 +21,11 @@ SUITES = {  # in the order they run; minutes on two idle cores
     "sweep_scale": 6,
     "sweep_search": 9,
 }
-ELSEWHERE = {"gpu_suite": "one CUDA device", "chaos": "`make chaos`: kills and corrupts"}
+ELSEWHERE = {
+    "gpu_suite": "one CUDA device, 8 min",
+    "gpu_overhead": "one CUDA device",
+    "chaos": "`make chaos`: kills and corrupts",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,216 +1,132 @@
-"""One GPU: our loop against the bare one in bf16 on a GPT of 124 M parameters; MFU, host waits, checkpoint stall.
+"""One GPU in eight minutes: every GPU path checked, and the bench tables of three presets, eager and compiled.
 
-Needs torch, numpy, pydantic, pyyaml and safetensors alone. `--device cpu --tiny` runs the same lines anywhere.
+Needs torch, numpy, pydantic, pyyaml and safetensors alone; bitsandbytes, peft and DeepSpeed are covered where they are
+installed. `--device cpu --tiny` rehearses the same lines anywhere.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import sys
 import time
-import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
-import numpy as np
-import torch
+from benchmarks.gpu_check import Finding
+from benchmarks.gpu_checks import CHECKS, examine
+from benchmarks.gpu_memory import BAND
+from benchmarks.gpu_table import Measured, Table, cells
+from benchmarks.measure import Figure, report
+from benchmarks.workload import scratch
+from trainers.devices import resolve_device
+from trainers.errors import UserError
 
-from benchmarks.bare_loop import BareLoop
-from benchmarks.measure import Figure, noise_of, quantile, ratio, report, rounds
-from benchmarks.workload import BareJob, OurLoop, our_loop, scratch
-from trainers.config import RunConfig
-from trainers.config_io import override
-from trainers.presets import PRESETS
-
-PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200, as its maker states it
-BLOCK = 20
-FIRST_CODE, CODES = 0x3400, 0x7000  # a range of printable characters, one of them a token
-
-
-def write_text(path: Path, n_tokens: int, codes: int) -> None:
-    """Text whose characters are as unevenly frequent as words are (Zipf) and follow each other with some regularity."""
-    rng = np.random.default_rng(0)
-    shares = 1.0 / np.arange(1, codes + 1)
-    drawn = rng.choice(codes, n_tokens, p=shares / shares.sum())
-    drawn[1::2] = (drawn[0::2][: len(drawn[1::2])] * 7 + 3) % codes  # every second one follows from the first
-    path.write_text((drawn + FIRST_CODE).astype("<u4").tobytes().decode("utf-32-le"), encoding="utf-8")
+CLOCK_S = 480.0
+CHECKS_SHARE = 0.6  # of the clock, at most: the tables want the rest
 
 
-def config_of(text: Path, options: argparse.Namespace) -> RunConfig:
-    """GPT-2's shape (124 M parameters), or a tiny one."""
-    shape = (64, 2, 2, 32, 4, 512) if options.tiny else (768, 12, 12, 1024, 32, 50304)
-    width, depth, heads, length, rows, vocab = shape
-    return override(
-        PRESETS["fundamentallm/small"](),
-        [
-            *(f"model.d_model={width}", f"model.n_layers={depth}", f"model.n_heads={heads}"),
-            *(f"model.context_length={length}", f"model.vocab_size={vocab}", "model.dropout=0"),
-            *(f"batch.sequences={options.rows or rows}", "logging.every_steps=10", "budget.steps=1000000"),
-            *("checkpoint.every_minutes=null", "checkpoint.keep_last_n=1", "checkpoint.save_best=false"),
-            *("evaluation.every_epochs=null", "samples.count=0", "precision.compute=bf16"),
-            *(f"device={options.device}", f"compile={str(options.compile).lower()}"),
-            f'data.sources=[{{"corpus": "{text}"}}]',
-        ],
-    )
-
-
-def synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def timed(work: Callable[[], object], device: str) -> float:
-    """Seconds until the device has done it."""
-    synchronise(device)
-    start = time.perf_counter()
-    work()
-    synchronise(device)
-    return time.perf_counter() - start
-
-
-# ---- what the machine can do -----------------------------------------------------------------------------
-
-
-def gemm_flops(device: str, size: int) -> float:
-    """FLOP/s of a square bf16 matrix product on random data (zeros would draw less power and run faster)."""
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(3):
-        a @ b
-    return 2 * size**3 / quantile([timed(lambda: a @ b, device) for _ in range(20)], 0.5)
-
-
-def copy_to_host_s(size_bytes: int, device: str) -> float:
-    """Seconds of one copy of so many bytes into warm (on CUDA: pinned) host memory."""
-    source = torch.ones(size_bytes // 4, device=device)
-    target = torch.zeros(size_bytes // 4, pin_memory=device == "cuda")
-    return quantile([timed(lambda: target.copy_(source, non_blocking=True), device) for _ in range(5)], 0.5)
-
-
-def flops_per_token(config: RunConfig, parameters: int) -> int:
-    """6 N + 12 L d T: forward and backward, attention's products in full (the convention of MFU)."""
-    return 6 * parameters + 12 * config.model.n_layers * config.model.d_model * config.sequence_length
-
-
-# ---- what the loops do -----------------------------------------------------------------------------------
-
-
-def host_waits(ours: OurLoop) -> int | None:
-    """Times the host waited for the device in nine steps that do not log, as torch itself counts; None on a CPU."""
-    if ours.run.device.type != "cuda":
-        ours.steps(9)
-        return None
-    assert ours.run.progress.step % 10 == 0, "begin behind a logged step"
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            ours.steps(9)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    waits = [warning for warning in caught if "synchroniz" in str(warning.message)]
-    for where in sorted({f"{Path(warning.filename).name}:{warning.lineno}" for warning in waits}):
-        print(f"  waited at {where}")
-    return len(waits)
-
-
-def bare_steps(loop: BareLoop) -> None:
-    for _ in range(BLOCK):
-        loop.step()
-
-
-def measure(ours: OurLoop, options: argparse.Namespace) -> tuple[list[Figure], dict[str, object]]:
-    config, device = ours.run.config, options.device
-    total = (options.pairs + options.warm_up) * BLOCK
-    job = BareJob.of(ours, total)
-    bare, control = (job.loop(ours.run.model, torch.bfloat16) for _ in range(2))
-    sides = {
-        "ours": functools.partial(timed, functools.partial(ours.steps, BLOCK), device),
-        "bare": functools.partial(timed, functools.partial(bare_steps, bare), device),
-        "control": functools.partial(timed, functools.partial(bare_steps, control), device),
-    }
-    rounds(sides, options.warm_up)
-    seconds = rounds(sides, options.pairs)
-
-    logged = [value for _, value in ours.logged("train/loss")]
-    differences = [abs(a - b) / abs(b) for a, b in zip(logged, bare.losses, strict=True)]
-    same = [abs(a - b) / abs(b) for a, b in zip(control.losses, bare.losses, strict=True)]
-    alike = ratio(seconds["control"], seconds["bare"])
-
-    parameters = sum(p.numel() for p in ours.run.model.parameters())
-    speed = config.tokens_per_step * BLOCK / float(np.median(seconds["ours"]))
-    achieved = speed * flops_per_token(config, parameters)
-    ceiling = gemm_flops(device, 512 if options.tiny else 8192)
-    waits = host_waits(ours)
-    ours.steps(1)
-    peak_gib = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
-    del bare, control
-    figures = [
-        Figure.of("our step / bare step", ratio(seconds["ours"], seconds["bare"]), bar=1.02, noise=noise_of(alike)),
-        Figure.of("control, bare / bare", alike),
-        Figure("bare step", float(np.median(seconds["bare"])) / BLOCK * 1e3, "ms"),
-        Figure("losses, largest relative difference to bare", max(differences), ""),
-        Figure("the same between the two bare loops", max(same), ""),
-        Figure("tokens a second, ours", speed, ""),
-        Figure("MFU against 989 TFLOP/s", achieved / PEAK_FLOPS, ""),
-        Figure("share of the matrix product measured here", achieved / ceiling, "", bar=0.54, at_least=True),
-        Figure("matrix product, bf16", ceiling / 1e12, "TFLOP/s"),
-        Figure("parameters", parameters / 1e6, "M"),
-        Figure("peak memory, three copies of the model", peak_gib, "GiB"),
-    ]
-    if waits is not None:
-        figures.append(Figure("host waits in nine steps that do not log", waits, "", bar=0))
-    return figures, {"seconds_a_block": seconds, "losses": logged, "steps_a_block": BLOCK}
-
-
-def stalls(ours: OurLoop, device: str) -> tuple[list[Figure], dict[str, list[float]]]:
-    """Saves of the whole state, each while training goes on."""
-    found: dict[str, list[float]] = {"stall_s": [], "durable_s": [], "copy_s": []}
-    size = sum(t.numel() * t.element_size() for tensors in ours.run._files().values() for t in tensors.values())
-    for index in range(6):
-        ours.steps(2)
-        synchronise(device)
-        start = time.perf_counter()
-        ours.run.save(ours.phase)
-        stall = time.perf_counter() - start
-        ours.steps(1)
-        ours.run.store.wait()
-        saved = ours.run.store.last_save
-        assert saved is not None and ours.run.store.last_error is None, ours.run.store.last_error
-        if index:
-            found["stall_s"].append(stall)
-            found["durable_s"].append(saved.durable_s)
-            found["copy_s"].append(copy_to_host_s(size, device))
-    label = f"checkpoint of {size / 1e9:.2f} GB"
-    return [
-        Figure.of(f"{label}: stall / one copy to the host", ratio(found["stall_s"], found["copy_s"]), bar=2.0),
-        Figure(f"{label}: stall", quantile(found["stall_s"], 0.5) * 1e3, "ms"),
-        Figure(f"{label}: durable after", quantile(found["durable_s"], 0.5), "s"),
-    ], found
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="a rehearsal of the same lines with a tiny model, not kept")
-    parser.add_argument("--compile", action="store_true", help="compile our model; the bare one stays as it is")
-    parser.add_argument("--pairs", type=int, default=30)
-    parser.add_argument("--warm-up", type=int, default=2, help="rounds before the clock counts")
-    parser.add_argument("--rows", type=int, help="sequences a step (default 32)")
-    parser.add_argument("--tokens", type=int, help="of the synthetic text (default 20 M)")
-    parser.add_argument("--quick", action="store_true", help="three pairs, not kept")
-    options = parser.parse_args(arguments)
-    if options.quick or options.tiny:
-        options.pairs, options.warm_up = 3, 1
-
+def main(arguments: list[str] | None = None) -> int:
+    """0 where every check passed or was skipped and no cell failed, 1 otherwise, 2 for bad input."""
+    options = _options(arguments)
+    began = time.monotonic()
+    try:
+        if resolve_device(options.device).type == "cpu" and not options.tiny:
+            raise UserError("the presets are too large for a CPU: --device cpu --tiny rehearses the suite.")
+        checks = [check for check in CHECKS if not options.checks or check.name in options.checks]
+        if unknown := set(options.checks) - {check.name for check in CHECKS}:
+            raise UserError(f"no check {', '.join(sorted(unknown))}. There are: {', '.join(c.name for c in CHECKS)}.")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     with scratch() as folder:
-        text = folder / "text.txt"
-        write_text(text, options.tokens or (100_000 if options.tiny else 20_000_000), 500 if options.tiny else CODES)
-        with our_loop(config_of(text, options), folder) as ours:
-            figures, samples = measure(ours, options)
-            more, saved = stalls(ours, options.device)
-    name = "gpu_suite_compiled" if options.compile else "gpu_suite"
-    report(name, [*figures, *more], quick=options.quick or options.tiny, **samples, **saved)
+        findings = examine(
+            checks,
+            options.device,
+            folder,
+            tiny=options.tiny,
+            seconds=CHECKS_SHARE * options.seconds,
+            say=_say_finding,
+        )
+        table = Table(options.device, folder, options.tiny)
+        wanted = [] if options.checks_only else cells()
+        left = options.seconds - (time.monotonic() - began)
+        measured = list(table.measured(wanted, left, _say_cell))
+    seconds = time.monotonic() - began
+    report(
+        "gpu_suite",
+        [*figures_of(findings, measured, seconds, options.seconds), *card_figures(measured, options.device)],
+        quick=options.tiny or bool(options.checks) or options.checks_only,
+        path=options.json,
+        device=options.device,
+        tiny=options.tiny,
+        checks=[finding.to_json() for finding in findings],
+        cells=[cell.to_json() for cell in measured],
+    )
+    return 1 if failed(findings, measured) else 0
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", "--quick", action="store_true", help="a rehearsal with tiny models, not kept")
+    parser.add_argument("--seconds", type=float, default=CLOCK_S, help="what is left then is skipped (default 480)")
+    parser.add_argument("--checks", nargs="*", default=[], metavar="NAME", help="these alone; default: all")
+    parser.add_argument("--checks-only", action="store_true", help="no tables")
+    parser.add_argument("--json", type=Path, help="a file for the results, instead of results/gpu_suite.json")
+    return parser.parse_args(arguments)
+
+
+def failed(findings: Sequence[Finding], measured: Sequence[Measured]) -> list[str]:
+    """Names of the checks and cells that did not do what they should."""
+    return [
+        *(finding.name for finding in findings if finding.verdict == "fail"),
+        *(f"{cell.preset} {cell.way}" for cell in measured if cell.fate == "failed"),
+    ]
+
+
+def figures_of(
+    findings: Sequence[Finding], measured: Sequence[Measured], seconds: float, clock_s: float
+) -> list[Figure]:
+    """The suite in a few lines; the rest stands beside them in the results."""
+    verdicts, fates = Counter(f.verdict for f in findings), Counter(cell.fate for cell in measured)
+    return [
+        Figure("checks passed", verdicts["pass"], f"of {len(findings)}"),
+        Figure("checks skipped, each with its reason", verdicts["skipped"], ""),
+        Figure("checks failed", verdicts["fail"], "", bar=0),
+        Figure("cells measured", fates["ok"], f"of {len(measured)}"),
+        Figure("cells failed", fates["failed"], "", bar=0),
+        Figure("wall-clock time", seconds, "s", bar=clock_s),
+    ]
+
+
+def card_figures(measured: Sequence[Measured], device: str) -> list[Figure]:
+    """What the cells say together: the rate that they are held against, and how well their memory was planned."""
+    products = [cell.product_flops for cell in measured if cell.product_flops]
+    errors = [cell.plan_error for cell in measured if cell.plan_error is not None]
+    figures = []
+    if products:
+        figures.append(Figure("matrix product, the median of all cells", median(products) / 1e12, "TFLOP/s"))
+    if errors and device == "cuda":  # on a CPU a peak is the whole process's
+        figures.append(Figure("planned memory, eager cells: largest error", max(errors), "", bar=BAND))
+    return figures
+
+
+def _say_finding(finding: Finding) -> None:
+    reason = f": {finding.reason}" if finding.reason else ""
+    print(f"  {finding.verdict:8} {finding.name} ({finding.seconds:.1f} s){reason}", flush=True)
+
+
+def _say_cell(cell: Measured) -> None:
+    what = f"  {cell.fate:8} {cell.preset}, {cell.way}, {cell.rows} rows"
+    if cell.tokens_per_s is None or cell.utilisation is None:
+        print(f"{what}: {cell.reason}", flush=True)
+        return
+    peak = (cell.peak_bytes or 0) / 2**30
+    rate = f"{cell.tokens_per_s:,.0f} tokens/s, {cell.step_ms:,.1f} ms, {peak:.2f} GiB"
+    print(f"{what}: {rate}, {cell.utilisation:.1%} of the matrix product", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

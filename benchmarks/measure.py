@@ -167,17 +167,19 @@ def _cpu_model() -> str:
 # ---- reports ---------------------------------------------------------------------------------------------
 
 
-def report(name: str, figures: Sequence[Figure], *, quick: bool, **raw: Any) -> None:
-    """Print the figures and, unless this was a `quick` rehearsal, keep them in results/NAME.json with `raw` samples."""
-    print(f"\n{name}" + (" (quick rehearsal, not kept)" if quick else ""))
+def report(name: str, figures: Sequence[Figure], *, quick: bool, path: Path | None = None, **raw: Any) -> None:
+    """Print the figures and keep them with `raw` samples in `path`; without one in results/NAME.json, unless this was
+    a `quick` rehearsal."""
+    print(f"\n{name}" + (" (quick rehearsal, not kept)" if quick and path is None else ""))
     width = max(len(figure.what) for figure in figures)
     for figure in figures:
         print(f"  {figure.what:{width}}  {figure.shown:34} {figure.wanted:>10}  {figure.verdict}".rstrip())
-    if not quick:
-        RESULTS.mkdir(exist_ok=True)
+    if path is None and not quick:
+        path = RESULTS / f"{name}.json"
+    if path is not None:
+        path.parent.mkdir(exist_ok=True)
         content = {"machine": machine(), "figures": list(figures), **raw}
-        text = json.dumps(content, indent=1, default=_plain)
-        (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        path.write_text(json.dumps(content, indent=1, default=_plain) + "\n", encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:

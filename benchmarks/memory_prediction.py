@@ -3,6 +3,8 @@
 Every cell trains in a process of its own: two steps and an evaluation of the real run (the first step takes one row, so
 that all state is there), the copy that a save is written from set aside. Judged is the peak above the process before
 its model is built. The cells that calibrate are none of those that are judged.
+
+And what planning itself takes: `orchestrate plan` of the largest presets, time and memory of the whole command.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +30,10 @@ from trainers.presets import PRESETS
 
 BAND = 0.08
 LEAST_GIB = 1.0
+FEWEST = 12  # judged cells of at least that
+PLANNED = ("codelm/xlarge", "genesis/deep_narrow_48")
+PLAN_S, PLAN_GIB, PLANS = 5.0, 2.0, 3
+"""a plan's wall clock and memory, the median of so many"""
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """glibc gives back what is freed, so that a peak does not depend on what was there before"""
 VOCABULARY = 60  # characters of the text; the models' tables are larger
@@ -176,6 +183,42 @@ def measured(cell: Cell, text: Path, cache: Path) -> tuple[int, int]:
     return before, above
 
 
+@dataclass(frozen=True)
+class PlanTaken:
+    """What one `orchestrate plan` took, from the command to its exit."""
+
+    seconds: float
+    gib: float
+    """resident at most"""
+
+
+def plan_taken(preset: str, folder: Path) -> PlanTaken:
+    """Of a fresh process, as a person types it."""
+    command = [sys.executable, "-m", "orchestrator", "plan", preset, "--json", "--runs-dir", str(folder / "runs")]
+    began = time.perf_counter()
+    with (folder / "plan.json").open("w") as said:
+        child = subprocess.Popen(command, stdout=said)
+        _, status, usage = os.wait4(child.pid, 0)
+    seconds = time.perf_counter() - began
+    child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0, f"{preset}: exit code {child.returncode}"
+    cells = json.loads((folder / "plan.json").read_text())["memory"]["cells"]
+    assert cells[0]["batches"][0]["total"] > 0
+    return PlanTaken(seconds, usage.ru_maxrss / 2**20)
+
+
+def plan_figures(folder: Path, plans: int) -> list[Figure]:
+    """What each preset's plan takes, beside what it may."""
+    figures = []
+    for preset in PLANNED:
+        taken = [plan_taken(preset, folder) for _ in range(plans)]
+        seconds, gib = median(each.seconds for each in taken), max(each.gib for each in taken)
+        print(f"  plan of {preset}: {seconds:.2f} s, {gib:.2f} GiB", flush=True)
+        figures.append(Figure(f"plan of {preset}, the whole command", seconds, "s", bar=PLAN_S))
+        figures.append(Figure(f"plan of {preset}, resident at most", gib, "GiB", bar=PLAN_GIB))
+    return figures
+
+
 def predicted(config: RunConfig) -> tuple[int, str]:
     """Bytes of tensors at most, and when."""
     from trainers.memory.calibration import USUAL
@@ -222,8 +265,17 @@ def main(arguments: list[str] | None = None) -> None:
                     file.write(json.dumps(asdict(seen)) + "\n")
             return seen
 
+        plans = plan_figures(folder, 1 if options.quick else PLANS)
         calibrating = [see(cell) for cell in CALIBRATING[:count]]
         judged = [see(cell) for cell in JUDGED[:count]]
+    large = [seen for seen in judged if seen.measured_bytes / 2**30 >= LEAST_GIB]
+    reach = Figure(f"judged cells of {LEAST_GIB:g} GiB and more", len(large), "", bar=FEWEST, at_least=True)
+    figures = [*plans, *([] if options.quick else [reach]), *prediction_figures(calibrating, judged)]
+    report("memory_prediction", figures, quick=options.quick, calibrating=calibrating, judged=judged, malloc=MALLOC)
+
+
+def prediction_figures(calibrating: list[Seen], judged: list[Seen]) -> list[Figure]:
+    """How far each judged cell is off, with the constant that the others taught."""
     constant = median(seen.measured_bytes - seen.tensor_bytes for seen in calibrating)
     figures = [Figure("constant of this device, from the calibrating cells", constant / 2**20, "MiB")]
     for seen in judged:
@@ -237,7 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
                 bar=BAND if large else None,
             )
         )
-    report("memory_prediction", figures, quick=options.quick, calibrating=calibrating, judged=judged, malloc=MALLOC)
+    return figures
 
 
 if __name__ == "__main__":

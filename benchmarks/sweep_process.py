@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 from benchmarks.sweep_naps import NapRun
 from orchestrator.sweeps import driver, tuning
+from orchestrator.sweeps.closing import Closer
 from orchestrator.sweeps.desk import TrialDesk
 from orchestrator.sweeps.sweep import SweepRequest
 from search_spaces.space import Axis, Float, Space
@@ -74,14 +75,14 @@ def run_sweep(job: SweepJob, started: float) -> SweepTimes:
         times.wall_s = time.perf_counter() - handed_over
         times.train_s = [trial.ending.train_s for trial in desk.history.ended() if trial.ending]
 
-    def close_trial(desk: TrialDesk, *args: Any) -> None:
-        close_one(desk, *args)
+    def close_trial(closer: Closer, *args: Any) -> None:
+        close_one(closer, *args)
         times.closed_at.append(time.perf_counter() - handed_over)
         if job.watch_memory:
             times.anonymous_kib.append(anonymous_kib())
 
     close: Callable[[TrialDesk], None] = TrialDesk.finish
-    close_one = TrialDesk._close_trial
+    close_one = Closer._close
     config = build_config(load_yaml(job.config))
     draft = {
         "space_name": "lr",
@@ -94,7 +95,7 @@ def run_sweep(job: SweepJob, started: float) -> SweepTimes:
     with contextlib.ExitStack() as patches:
         patches.enter_context(patch.object(driver, "run_trials", hand_over))
         patches.enter_context(patch.object(TrialDesk, "finish", finish))
-        patches.enter_context(patch.object(TrialDesk, "_close_trial", close_trial))
+        patches.enter_context(patch.object(Closer, "_close", close_trial))
         if job.nap_s is not None:
             patches.enter_context(patch.object(tuning, "PointRun", functools.partial(NapRun, job.nap_s)))
         code = driver.tune(config, draft, SPACE, "cpu", request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,42 @@ def table(name: str, result: dict[str, Any]) -> str:
     figures = [Figure(**figure) for figure in result["figures"]]
     rows = [f"| {figure.what} | {figure.shown} | {figure.wanted} | {figure.verdict} |" for figure in figures]
     head = ["| figure | measured (95% interval) | bar | |", "|---|--:|--:|---|"]
-    return "\n".join([f"### {name}", "", described(result["machine"]), "", *head, *rows, ""])
+    parts = [f"### {name}", "", described(result["machine"]), "", *head, *rows, ""]
+    return "\n".join([*parts, *cells(result.get("cells", ())), *checks(result.get("checks", ()))])
+
+
+def cells(measured: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A bench table: a line for every way that a preset was run in; one that was not says why."""
+    if not measured:
+        return
+    yield "| preset, bf16 | run as | rows of tokens | tokens/s | step | peak memory | predicted | of the product | |"
+    yield "|---|---|--:|--:|--:|--:|--:|--:|---|"
+    for cell in measured:
+        rows = f"{cell['rows']} x {cell['sequence_length']:,}" if cell["sequence_length"] else str(cell["rows"] or "")
+        shown = [
+            _said(cell["tokens_per_s"], "{:,.0f}"),
+            _said(cell["step_ms"], "{:,.1f} ms"),
+            _said(cell["peak_bytes"], "{:.2f} GiB", 2**-30),
+            _said(cell["predicted_bytes"], "{:.2f} GiB", 2**-30),
+            _said(cell["utilisation"], "{:.1%}"),
+        ]
+        remark = "" if cell["fate"] == "ok" else f"{cell['fate']}: {cell['reason']}"
+        yield f"| {cell['preset']} | {cell['way']} | {rows} | {' | '.join(shown)} | {remark} |"
+    yield ""
+
+
+def checks(findings: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A line for every check: its claim, the verdict, and why it was skipped or failed."""
+    if not findings:
+        return
+    yield from ("| check | | |", "|---|---|---|")
+    for finding in findings:
+        yield f"| {finding['claim']} (`{finding['name']}`) | {finding['verdict']} | {finding['reason']} |"
+    yield ""
+
+
+def _said(value: float | None, form: str, factor: float = 1.0) -> str:
+    return "" if value is None else form.format(value * factor)
 
 
 def described(machine: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from orchestrator.finders import (
     write_json,
 )
 from orchestrator.memory_limit import Limit, limit_for
+from orchestrator.ray_cluster import usable_cpus
 from orchestrator.runs import check_runs_dir
 from orchestrator.signals import StopSignals
 from trainers.batch_probe import WARM_UP, Probe
@@ -75,9 +75,8 @@ def machine_for(config: RunConfig, question: BatchQuestion) -> Machine:
 
     device = resolve_device(config.device)
     check_machine(config, device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limit = limit_for(device.type, question.memory_limit, config.workers)
-    return Machine(device.type, max(1, cores // config.workers), limit)
+    return Machine(device.type, max(1, usable_cpus() // config.workers), limit)
 
 
 def dry_run(config: RunConfig, question: BatchQuestion, runs_dir: Path, *, json: bool) -> int:
@@ -215,9 +214,17 @@ def _result(typed: Typed, name: str, question: BatchQuestion, found: BatchFindin
         "settings": question.to_json(),
         "override": found.override,
         "explanation": explanation(found),
-        "commands": {"train": typed.command("train", found.override, without=NOT_USED)},
+        "commands": commands(typed, found),
         "seconds": round(seconds, 1),
         "findings": found.to_json(),
+    }
+
+
+def commands(typed: Typed, found: BatchFindings) -> dict[str, str]:
+    """To paste: the training with the micro-batch to use, and a sweep whose trials take no larger one."""
+    return {
+        "train": typed.command("train", found.override, without=NOT_USED),
+        "tune": typed.command("tune", found.override, "--space", "lr", without=NOT_USED),
     }
 
 

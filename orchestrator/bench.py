@@ -78,11 +78,19 @@ class BenchCell:
     rows: int
     probe: Probe
     predicted_bytes: int | None
-    """by the plan, before it ran"""
+    """by the plan, before it ran, of what a probe can see: on CUDA without the context"""
     tensor_bytes: int | None
     """predicted: all but what the device adds"""
     flops_per_token: int
     speed_of: str
+    compiled: bool = False
+
+    @property
+    def measured_bytes(self) -> int | None:
+        """At most: of the process on the CPU, of what the allocator held on CUDA; None: it did not run."""
+        if self.probe.fate != "ok":
+            return None
+        return self.probe.peak_bytes if self.probe.reserved_bytes is None else self.probe.reserved_bytes
 
     @property
     def utilisation(self) -> float | None:
@@ -94,18 +102,18 @@ class BenchCell:
     @property
     def headroom_bytes(self) -> int | None:
         """What is left of the limit."""
-        if self.probe.limit_bytes is None or self.probe.peak_bytes is None or self.probe.fate != "ok":
+        if self.probe.limit_bytes is None or self.measured_bytes is None:
             return None
-        return self.probe.limit_bytes - self.probe.peak_bytes
+        return self.probe.limit_bytes - self.measured_bytes
 
     def sample(self) -> Sample | None:
-        """What it teaches the calibration; None: it did not run. Compiling takes memory of its own: no sample of it."""
-        probe = self.probe
-        if probe.fate != "ok" or probe.peak_bytes is None or probe.tokens_per_s is None or self.tensor_bytes is None:
+        """What it teaches the calibration; None: it did not run. The compiler takes memory of its own, so a compiled
+        cell teaches its speed alone."""
+        if self.measured_bytes is None or self.probe.tokens_per_s is None or self.tensor_bytes is None:
             return None
-        flops = probe.tokens_per_s * self.flops_per_token
-        what = f"{self.way}, {self.rows} rows"
-        return Sample(what, self.tensor_bytes, probe.peak_bytes, flops_per_s=flops, speed_of=self.speed_of)
+        flops = self.probe.tokens_per_s * self.flops_per_token
+        measured = None if self.compiled else self.measured_bytes
+        return Sample(f"{self.way}, {self.rows} rows", self.tensor_bytes, measured, flops, self.speed_of)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -182,7 +190,8 @@ def _cell(
     except (RuntimeError, UserError) as error:  # what does not work here, for want of a compiler say, is an answer too
         probe = Probe(rows, "not tried", str(error).strip().splitlines()[-1][:200])
     per_token = flops_per_token(cell, footprint.structure.values)
-    return BenchCell(way, rows, probe, parts.total, parts.tensors, per_token, speed_of(cell))
+    seen = parts.total - footprint.calibration.unseen_bytes
+    return BenchCell(way, rows, probe, seen, parts.tensors, per_token, speed_of(cell), cell.compile)
 
 
 def told(cell: BenchCell) -> str:
@@ -190,5 +199,5 @@ def told(cell: BenchCell) -> str:
     probe = cell.probe
     if probe.tokens_per_s is None:
         return f"{cell.way}, {cell.rows} rows: {probe.fate}" + (f" ({probe.detail})" if probe.detail else "")
-    peak = (probe.peak_bytes or 0) / 2**30
+    peak = (cell.measured_bytes or 0) / 2**30
     return f"{cell.way}, {cell.rows} rows: {probe.tokens_per_s:,.0f} tokens/s, {probe.step_ms:.4g} ms, {peak:.2f} GiB"

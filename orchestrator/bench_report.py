@@ -67,7 +67,7 @@ def run(typed: Typed, question: BenchQuestion, runs_dir: Path, *, json: bool) ->
                 say=display.note,
                 trying=display.status,
             )
-            _teach(bench, config, runs_dir)
+            _teach(bench, runs_dir)
             display.status("drawing the picture")
             result = _result(typed, name, question, bench, time.monotonic() - started)
             folder = finding_folder(runs_dir, name)
@@ -90,15 +90,9 @@ def _store(runs_dir: Path) -> Any:
     return open_store(runs_dir)
 
 
-def _teach(bench: Bench, config: RunConfig, runs_dir: Path) -> None:
+def _teach(bench: Bench, runs_dir: Path) -> None:
     """What was measured sharpens the plans to come."""
-    samples = [sample for cell in bench.cells if (sample := cell.sample()) is not None]
-    device = bench.device
-    if device == "cuda":
-        import torch
-
-        device = torch.cuda.get_device_name()
-    refine(device, cache_dir(runs_dir), samples)
+    refine(bench.device, cache_dir(runs_dir), [sample for cell in bench.cells if (sample := cell.sample()) is not None])
 
 
 def _result(typed: Typed, name: str, question: BenchQuestion, bench: Bench, seconds: float) -> dict[str, Any]:
@@ -133,7 +127,7 @@ def _finding(name: str, folder: Path, config: RunConfig, question: BenchQuestion
             "perf/tokens_per_s": cell.probe.tokens_per_s,
             "perf/step_ms": cell.probe.step_ms,
             "perf/model_flops_utilisation": cell.utilisation,
-            "mem/peak_gib": _gib(cell.probe.peak_bytes) if cell.probe.fate == "ok" else None,
+            "mem/peak_gib": _gib(cell.measured_bytes),
             "mem/predicted_gib": _gib(cell.predicted_bytes),
             "mem/headroom_gib": _gib(cell.headroom_bytes),
             "bench/ran": float(cell.probe.fate == "ok"),
@@ -174,13 +168,12 @@ def markdown(bench: Bench, title: str) -> str:
 
 def _words(cell: BenchCell) -> list[str]:
     probe = cell.probe
-    ran = probe.fate == "ok"
     return [
         count(cell.rows),
         cell.way,
         count(probe.tokens_per_s) if probe.tokens_per_s else "",
         f"{probe.step_ms:.4g}" if probe.step_ms else "",
-        size(probe.peak_bytes) if probe.peak_bytes is not None and ran else "",
+        size(cell.measured_bytes) if cell.measured_bytes is not None else "",
         size(cell.predicted_bytes) if cell.predicted_bytes is not None else "",
         size(cell.headroom_bytes) if cell.headroom_bytes is not None and cell.headroom_bytes > 0 else "",
         f"{cell.utilisation:.1%}" if cell.utilisation is not None else "",

@@ -7,6 +7,7 @@ import re
 
 from orchestrator.memory_limit import parse_size
 from trainers.errors import UserError
+from trainers.memory.calibration import card_key
 
 MIB = 1 << 20
 CARDS = {
@@ -32,7 +33,7 @@ CARDS = {
 
 def gpu_memory(text: str) -> tuple[int, str]:
     """Bytes of one GPU and what that is, of '24GiB' or the name of a card. Raises UserError."""
-    name = re.sub(r"[\s_]|nvidia|geforce", "", text.lower())
+    name = card_key(text)
     if name in CARDS:
         return CARDS[name] * MIB, name
     if re.match(r"\s*[\d.]", text):

@@ -14,13 +14,14 @@ from typing import Any
 from trainers.claim import holder
 from trainers.config import NAME_PATTERN, RunConfig
 from trainers.config_io import differences, dump_yaml, fingerprint, fingerprint_fields
+from trainers.deepspeed_config import tuned_by
 from trainers.errors import ConfigError, UserError
 from trainers.identity import (
     IDENTITY,
     only_more_budget,
     read_identity,
     read_json,
-    refuse_more_after_early_stopping,
+    refuse_more_after_its_end,
     refuse_rewritten_past,
     stored_identity,
     with_micro_batch_of,
@@ -94,8 +95,9 @@ def settle(config: RunConfig, request: Request, data_hashes: tuple[str, ...]) ->
 
     Raises ConfigError when the name is taken by a run with another fingerprint, listing the fields.
     """
-    start = initial_hash(config, _own_folder(request))
-    fields, digest = fingerprint_fields(config, data_hashes, start), fingerprint(config, data_hashes, start)
+    start, tuned = initial_hash(config, _own_folder(request)), tuned_by(config)
+    fields = fingerprint_fields(config, data_hashes, start, tuned)
+    digest = fingerprint(config, data_hashes, start, tuned)
     name = request.name or f"{config.preset.replace('/', '-')}-{digest[:8]}"
     run_dir = confined(request.runs_dir, name)
     taken: list[Path] = []
@@ -115,7 +117,7 @@ def settle(config: RunConfig, request: Request, data_hashes: tuple[str, ...]) ->
     if before == fields:
         return replace(experiment, stood_as=stored["fingerprint"])
     if only_more_budget(before, fields):
-        refuse_more_after_early_stopping(name, experiment.outcome, f"--init-from {name}")
+        refuse_more_after_its_end(name, experiment.outcome, f"--init-from {name}")
         refuse_rewritten_past(config, before, fields)
         return replace(experiment, extended=True)
     only_workers = only_more_budget(with_workers_of(before, fields), fields)

@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from orchestrator.absence import Absence
 from orchestrator.system_metrics import SystemMeter, system_interval_s
 from orchestrator.tracking import TrackedRun, TrackingRefused, TrackingUnavailable
 from trainers.record import read_rows
@@ -25,7 +26,6 @@ from trainers.record import read_rows
 Row = dict[str, Any]
 
 POLL_S = 2.0
-MAX_BACKOFF_S = 30.0
 CLOSING_RETRY_S = 0.25
 CHUNK_ROWS = 250  # some two thousand values: a chunk that is lost to a locked store costs little
 SYSTEM_SAMPLES_KEPT = 1000  # nearly three hours at one in ten seconds
@@ -91,10 +91,12 @@ class Feeder:
         self._system_step = run.next_system_step
 
         self._rows = 0
-        self._problem: str | None = None
-        self._refused = False
-        self._retry_at = 0.0
-        self._backoff_s = 0.0
+        self._refusal: str | None = None
+        self._absence = Absence(
+            say,
+            away="MLflow is away ({problem}): training goes on, its rows wait in metrics.jsonl.",
+            back="MLflow is back and has every row.",
+        )
         self._closing_by: float | None = None
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow-feeder", daemon=True)
@@ -112,7 +114,7 @@ class Feeder:
             self._thread.join(deadline_s)
         pending = count_rows(self._metrics_path, self._position.offset)
         late = f"{deadline_s:g} s were not enough" if pending else None
-        return Delivered(self._rows, pending, self._problem or late)
+        return Delivered(self._rows, pending, self._refusal or self._absence.problem or late)
 
     # ---- the thread -----------------------------------------------------------------------------
 
@@ -126,7 +128,7 @@ class Feeder:
                 self._system_step += 1
                 next_sample = now + (self._system_every_s or 0)
             closing_by = self._closing_by
-            if closing_by is not None or now >= self._retry_at:
+            if closing_by is not None or self._absence.is_due:
                 idle = self._deliver()
                 if closing_by is not None and (idle or self._out_of_time()):
                     return
@@ -136,23 +138,22 @@ class Feeder:
 
     def _deliver(self) -> bool:
         """Send everything there is; True where nothing is left that could be sent."""
-        if self._refused:
+        if self._refusal is not None:
             return True
         try:
             self._send_params()
             self._send_rows()
             self._send_system()
         except (TrackingUnavailable, OSError) as error:  # OSError: no room for the position; nothing is lost by it
-            self._note_absence(str(error))
+            self._absence.note(str(error))
             return False
         except TrackingRefused as error:
-            self._refused = True
-            self._problem = str(error)
+            self._refusal = str(error)
             self._say(f"MLflow refuses this run ({error}): nothing more is sent; metrics.jsonl keeps every row.")
             return True
         if self._out_of_time():
             return False
-        self._note_presence()
+        self._absence.end()
         return True
 
     def _send_params(self) -> None:
@@ -195,21 +196,6 @@ class Feeder:
         if samples:
             self._run.log_metrics(samples)
             self._system.clear()  # only this thread appends
-
-    # ---- the store comes and goes ---------------------------------------------------------------
-
-    def _note_absence(self, problem: str) -> None:
-        if self._problem is None:
-            self._say(f"MLflow is away ({problem}): training goes on, its rows wait in metrics.jsonl.")
-        self._problem = problem
-        self._backoff_s = min(MAX_BACKOFF_S, max(1.0, 2 * self._backoff_s))
-        self._retry_at = time.monotonic() + self._backoff_s
-
-    def _note_presence(self) -> None:
-        if self._problem is not None:
-            self._say("MLflow is back and has every row.")
-        self._problem = None
-        self._backoff_s = self._retry_at = 0.0
 
 
 def by_tokens(rows: Iterable[Row]) -> list[Row]:

@@ -90,7 +90,7 @@ def plot_bench(bench: Bench, target: Path, title: str) -> None:
     colours = dict(zip(bench.ways, (TRAIN, VALIDATION, ACCENT, INK, QUIET, ALARM) * len(bench.ways), strict=False))
     for way, colour in colours.items():
         ran = [cell for cell in bench.cells if cell.way == way and cell.probe.fate == "ok"]
-        points = np.array([(c.rows, c.probe.tokens_per_s or 0.0, (c.probe.peak_bytes or 0) / GIB) for c in ran])
+        points = np.array([(c.rows, c.probe.tokens_per_s or 0.0, (c.measured_bytes or 0) / GIB) for c in ran])
         if len(points):
             speed.plot(points[:, 0], points[:, 1], color=colour, lw=1.8, marker="o", ms=5, label=way)
             memory.plot(points[:, 0], points[:, 2], color=colour, lw=1.8, marker="o", ms=5, label=way)

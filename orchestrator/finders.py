@@ -27,6 +27,7 @@ from search_spaces.precisions import precision_of
 from trainers.config import RunConfig
 from trainers.config_io import fingerprint
 from trainers.data.prepare import data_hashes
+from trainers.deepspeed_config import tuned_by
 from trainers.initial import initial_hash
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ class Typed:
 
 def finding_name(kind: Kind, config: RunConfig, runs_dir: Path, settings: Mapping[str, Any]) -> str:
     """The same for the same question: kind, preset and a digest of configuration, text and `settings`."""
-    run = fingerprint(config, data_hashes(config, cache_dir(runs_dir)), initial_hash(config))
+    hashes = data_hashes(config, cache_dir(runs_dir))
+    run = fingerprint(config, hashes, initial_hash(config), tuned_by(config))
     digest = hashlib.sha256(json.dumps([run, dict(settings)], sort_keys=True).encode()).hexdigest()
     return f"{kind.removeprefix('find-')}-{config.preset.replace('/', '-')}-{digest[:8]}"
 

@@ -6,7 +6,7 @@ Imports torch where it predicts, never before.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,20 +16,20 @@ from orchestrator.cards import gpu_memory
 from orchestrator.console import size
 from orchestrator.memory_limit import limit_for
 from orchestrator.plan import flops_per_token
-from search_spaces.precisions import PRECISIONS, precision_of
+from orchestrator.variants import ways_to_run
+from search_spaces.precisions import precision_of
 from trainers.config import BatchConfig, RunConfig
 from trainers.config_io import override
-from trainers.errors import ConfigError, UserError
+from trainers.errors import UserError
 from trainers.memory.calibration import Calibration, calibration_of
 from trainers.memory.fit import DoesNotFit, fit, worker_rows
+from trainers.memory.phase_key import phase_key
 
 if TYPE_CHECKING:
-    from trainers.memory.prediction import Components, Device, Footprint
-    from trainers.memory.timeline import Timeline
+    from trainers.memory.prediction import Components, Device, Footprint, Timelines
 
 MOST_ROWS = 1 << 16
 """of a micro-batch: more are not looked for"""
-ZERO_STAGES = (0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ def _room_here(config: RunConfig, calibrations: Path | None) -> Room:
     if device.type == "cuda":
         import torch
 
-        name = torch.cuda.get_device_name(device)
         free, _ = torch.cuda.mem_get_info(device)
-        return Room("cuda", free, f"free on the {name}", calibration_of(name, calibrations))
+        what = f"free on the {torch.cuda.get_device_name(device)}"
+        return Room("cuda", free, what, calibration_of("cuda", calibrations))
     limit = limit_for(device.type, None, config.workers)
     assert limit.bytes is not None
     kind: Device = "mps" if device.type == "mps" else "cpu"
@@ -166,9 +166,9 @@ class PlannedCell:
             "tokens_per_s": self.tokens_per_s,
         }
 
-    @cached_property
+    @property
     def checkpoint_bytes(self) -> int:
-        return self.footprint.structure.checkpoint_bytes(self.footprint.phase.optim, self.footprint.words)
+        return self.footprint.checkpoint_bytes
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def plan_memory(
 
     rows = tuple(sorted(set(batches))) or (config.micro_sequences,)
     left_out: list[tuple[str, str]] = []
-    timelines: dict[tuple[Any, ...], Timeline] = {}
+    timelines: dict[tuple[Any, ...], Timelines] = {}
     cells = []
     for cell in ways_to_run(config, room.device, left_out) if variants else (config,):
         key = timeline_key(cell)
@@ -232,45 +232,9 @@ def plan_memory(
     return MemoryPlan(room, tuple(cells), tuple(left_out))
 
 
-def ways_to_run(config: RunConfig, device: Device, left_out: list[tuple[str, str]]) -> Iterator[RunConfig]:
-    """`config` first, then its variants in precision, recompute, engine and compilation; what cannot be is told why."""
-    seen = [config]
-    yield config
-    for name, precision in PRECISIONS.items():
-        for recompute in (False, True):
-            for engine in _engines(config):
-                settings = [f"{path}={value}" for path, value in precision.sets.items()]
-                settings += [f"model.activation_checkpointing={str(recompute).lower()}", *engine]
-                try:
-                    if device in precision.not_on:
-                        raise ConfigError(precision.not_on[device])
-                    cell = override(config, settings)
-                except ConfigError as error:
-                    reason = (f"precision={name}" + (f" {engine[0]}" if engine else ""), str(error).splitlines()[0])
-                    if reason not in left_out:
-                        left_out.append(reason)
-                    continue
-                if cell not in seen:
-                    seen.append(cell)
-                    yield cell
-
-
-def _engines(config: RunConfig) -> Iterator[list[str]]:
-    yield []
-    if config.workers > 1 and config.engine == "torch":
-        for stage in ZERO_STAGES:
-            yield ["engine=deepspeed", f"deepspeed.zero_stage={stage}"]
-
-
 def timeline_key(config: RunConfig) -> tuple[Any, ...]:
-    """What a timeline depends on, but for the vocabulary and the device; fp16 and bf16 have the same shapes."""
-    precision = config.precision
-    compute = "half" if precision.compute != "fp32" else "fp32"
-    weights = "native" if precision.weights == "nf4" else precision.weights
-    phases = tuple(
-        (phase.model.model_dump_json(), phase.optim.label_smoothing > 0) for phase in config.resolved_phases()
-    )
-    return compute, weights, precision.bf16_weights, config.sequence_length, phases
+    """What a run's timelines depend on, but for the vocabulary and the device."""
+    return tuple(phase_key(config, phase) for phase in config.resolved_phases())
 
 
 def largest_that_fits(footprint: Footprint, limit_bytes: int) -> int:
@@ -297,16 +261,18 @@ def speed_of(config: RunConfig) -> str:
 
 def explained(cell: PlannedCell) -> str:
     """A sentence on whether the configured run fits, and what would."""
-    rows, parts = cell.shown[0]
+    rows = cell.config.micro_sequences
+    needed = cell.footprint.peak_bytes(rows, cell.config.accumulation)
+    what = f"with {rows} row{'s' if rows > 1 else ''} at a time"
     there = f"{size(cell.room.bytes)} ({cell.room.what})"
-    if parts.total <= cell.room.bytes:
-        return f"{size(parts.total)} of {there}: it fits"
+    if needed <= cell.room.bytes:
+        return f"{size(needed)} {what}, of {there}: it fits"
     if cell.fitted is None:
-        return f"{size(parts.total)} needed of {there}: not even one row fits"
+        return f"{size(needed)} needed {what}, of {there}: not even one row fits"
     micro = cell.fitted.micro_sequences
     assert micro is not None
     accumulation = math.ceil(worker_rows(cell.config) / micro)
     return (
-        f"{size(parts.total)} needed with {rows} rows at a time of {there}: set batch.micro_sequences={micro} "
+        f"{size(needed)} needed {what}, of {there}: set batch.micro_sequences={micro} "
         f"({accumulation} micro-batches a step, the same training)"
     )

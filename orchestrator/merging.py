@@ -15,11 +15,14 @@ from orchestrator.experiment import confined
 from orchestrator.runs import existing_run, name_in
 from trainers.config import RunConfig
 from trainers.errors import UserError
+from trainers.identity import MERGED
 
 if TYPE_CHECKING:
     from orchestrator.trained import Trained
 
 PLAIN = {"weights": "native", "optimizer_state": "fp32", "adapter_rank": 0}
+UNPAGED = {"paged": False}
+"""pages belong to 8-bit state"""
 KEPT = ("progress", "environment", "model", "vocab_size", "tokenizer")
 
 
@@ -81,14 +84,19 @@ def _write(trained: Trained, source: Path, target: Path) -> None:
         if store.last_error is not None:
             raise UserError(f"the merged weights could not be saved: {store.last_error}")
         told = meta["progress"]
-        write_outcome(context, Outcome("finished", "merged", trained.step, told["tokens"], told["last"]))
+        write_outcome(context, Outcome("finished", MERGED, trained.step, told["tokens"], told["last"]))
     finally:
         context.close()
 
 
 def plain_config(config: RunConfig) -> RunConfig:
-    """The configuration of a run as it is without adapters."""
-    return config.model_copy(update={"precision": config.precision.model_copy(update=PLAIN)})
+    """The configuration of a run as it is without adapters: one that can be opened, and trained with."""
+    values = config.model_dump()
+    values["precision"] |= PLAIN
+    for part in [values, *values["phases"]]:
+        if part["optim"] is not None:
+            part["optim"] |= UNPAGED
+    return RunConfig.model_validate(values)
 
 
 def _identity(config: RunConfig, source: Path, target: Path) -> dict[str, Any]:

@@ -57,9 +57,9 @@ def explain(
     if smaller is None:
         return (
             f"{what} Not even one row at a time fits. Start a new run with model.activation_checkpointing=true, a "
-            f"shorter data.sequence_length or a smaller model: `orchestrate plan {config.preset} --variants`."
+            f"shorter data.sequence_length or a smaller model: `{_command('plan', experiment, request)} --variants`."
         )
-    again = _command(experiment, request)
+    again = _command("train", experiment, request)
     return (
         f"{what} The same training in smaller pieces ({smaller.accumulation} micro-batches a step) goes on from its "
         f"last checkpoint: {again} batch.micro_sequences={smaller.micro_sequences}\n"
@@ -89,10 +89,10 @@ def _named(parts: Components) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {size(value)}" for name, value in largest if value)
 
 
-def _command(experiment: Experiment, request: Request) -> str:
-    words = ["orchestrate", "train", experiment.name]
+def _command(verb: str, experiment: Experiment, request: Request) -> str:
+    words = ["orchestrate", verb, experiment.name]
     if request.runs_dir != Path("runs").absolute():
         words += ["--runs-dir", str(request.runs_dir)]
-    if request.memory_limit is not None:
+    if request.memory_limit is not None and verb == "train":
         words += ["--memory-limit", f"{request.memory_limit}B"]
     return shlex.join(words)

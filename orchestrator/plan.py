@@ -123,8 +123,8 @@ def plan_run(config: RunConfig, data: PreparedData) -> RunPlan:
 
 
 def state_sizes(structure: Structure, config: RunConfig, optim: OptimConfig) -> StateSizes:
-    """What a worker of `config` holds and saves."""
-    words, spread = words_of(config.precision, optim), spread_of(config)
+    """What a worker of `config` holds, on its device or in its host's memory, and saves."""
+    words, spread = words_of(config.precision, optim), spread_of(config, "cpu")
     state = structure.state_bytes(optim, words, spread)
     return StateSizes(
         training_bytes=state.weights + state.gradients + state.optimizer,

@@ -47,7 +47,7 @@ def ray_cluster(workers: int, *, verbose: bool, log_path: Path, ahead: Sequence[
     if address:
         ray.init(address=address, log_to_driver=verbose, logging_level=_level(verbose), configure_logging=True)
     else:
-        with _started_ahead(ahead), _few_processes():
+        with _started_ahead(ahead), _few_processes(verbose=verbose):
             ray.init(
                 address="local",
                 num_cpus=max(workers, usable_cpus()),
@@ -86,10 +86,15 @@ def _started_ahead(modules: Sequence[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _few_processes() -> Iterator[None]:
-    """A head that is started inside has no API server, which ray.init would wait for although it serves no dashboard,
-    and no autoscaler: each takes a second of a CPU just when the workers want it (ray 2.60)."""
-    from ray._private import ray_constants
+def _few_processes(*, verbose: bool) -> Iterator[None]:
+    """A head that is started inside takes as little of the cores as it can (ray 2.60): each of its helpers costs a
+    second of a CPU just when the workers want it, and every wake-up while they train stops a matrix product.
+
+    It has no API server, which ray.init would wait for although it serves no dashboard; no autoscaler; an agent that
+    serves nothing, as where Ray is installed without its dashboard; and, unless `verbose` wants the workers' lines on
+    the terminal, nobody who reads their log files.
+    """
+    from ray._private import ray_constants, utils
     from ray._private.node import Node
 
     def say_there_is_none(node: Any, **_: Any) -> None:
@@ -97,12 +102,23 @@ def _few_processes() -> Iterator[None]:
         space = ray_constants.KV_NAMESPACE_DASHBOARD
         node.get_gcs_client().internal_kv_put(b"webui:url", b"", True, space)
 
-    kept = Node.start_api_server, Node.start_monitor
-    Node.start_api_server, Node.start_monitor = say_there_is_none, lambda node: None
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(_replaced(Node, "start_api_server", say_there_is_none))
+        patches.enter_context(_replaced(Node, "start_monitor", lambda node: None))
+        patches.enter_context(_replaced(utils, "get_dashboard_dependency_error", lambda: ImportError("not wanted")))
+        if not verbose:
+            patches.enter_context(_replaced(Node, "start_log_monitor", lambda node: None))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    kept = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        Node.start_api_server, Node.start_monitor = kept
+        setattr(owner, name, kept)
 
 
 def resources_per_worker(ray: Any, workers: int, device: str) -> Resources:
@@ -159,6 +175,9 @@ def _environment(verbose: bool) -> None:
     if not os.environ.get("RAY_ADDRESS"):
         defaults["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody takes this machine away with a notice
         defaults["RAY_prestart_worker_first_driver"] = "0"  # a worker has an environment of its own, so starts anew
+        defaults["RAY_worker_niceness"] = (
+            "0"  # Ray's 15 is for shared nodes; beside anything else it starves a training
+        )
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     spin_briefly()  # a local cluster's workers inherit it

@@ -62,6 +62,8 @@ class Target:
     """the preset's, file's or run's name"""
     notes: tuple[str, ...] = ()
     """what a person should know about how it was understood"""
+    loaded: RunConfig | None = None
+    """what the preset, file or run itself says, where flags and settings were laid over it"""
 
 
 def resolve(arguments: list[str], flags: Flags, runs_dir: Path) -> Target:
@@ -84,7 +86,7 @@ def resolve(arguments: list[str], flags: Flags, runs_dir: Path) -> Target:
     config = with_absolute_paths(config)
     _refuse_runs_among_text(config, runs_dir)
     notes += _warmup_notes(config)
-    return Target(config, start.kind, start.label, tuple(notes))
+    return Target(config, start.kind, start.label, tuple(notes), start.config)
 
 
 def split(arguments: list[str]) -> tuple[str, list[str]]:
@@ -216,8 +218,9 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     for part in [values["data"], *(phase["data"] for phase in values["phases"] if phase["data"])]:
         for source in part["sources"]:
             source["corpus"] = absolute(source["corpus"])
-    if values["tokenizer"]["path"] is not None:
-        values["tokenizer"]["path"] = absolute(values["tokenizer"]["path"])
+    for part, key in ((values["tokenizer"], "path"), (values["deepspeed"], "config")):
+        if part[key] is not None:
+            part[key] = absolute(part[key])
     return config if values == config.model_dump(mode="json") else build_config(values)
 
 

@@ -75,6 +75,7 @@ class Tracker:
         self._run: TrackedRun | None = None
         self._phases: dict[str, TrackedRun] = {}
         self._feeder: Feeder | None = None
+        self._last: list[dict[str, Any]] = []
 
     def open(self) -> None:
         """Attach to this run's MLflow run or begin it; raises UserError when the store cannot be used."""
@@ -148,14 +149,10 @@ class Tracker:
             )
 
     def log_last(self, metrics: dict[str, float]) -> None:
-        """Note figures about the whole run at its last step; a store that is away does without them."""
-        from orchestrator.tracking import TrackingRefused, TrackingUnavailable
-
+        """Figures about the whole run, to be sent at its last step when it ends: no run is told to have ended before
+        it has them."""
         row = last_row(self.experiment.run_dir / "metrics.jsonl") or {}
-        if self._run is not None:
-            with contextlib.suppress(TrackingUnavailable, TrackingRefused):
-                at = {"step": row.get("step", 0), "time_ms": row.get("time_ms", 0)}
-                self._run.log_metrics([{**at, **metrics}])
+        self._last = [{"step": row.get("step", 0), "time_ms": row.get("time_ms", 0), **metrics}]
 
     def close(self, outcome: dict[str, Any]) -> Delivered | None:
         """Send what is left with the plots, samples and links, and end the run truthfully; never raises for a store
@@ -166,6 +163,7 @@ class Tracker:
             return None
         delivered = self._feeder.close(CLOSE_S)
         with contextlib.suppress(TrackingUnavailable, TrackingRefused):
+            self._run.log_metrics(self._last)
             self._send_files(self._run)
             reason = outcome.get("stop_reason") or ("error" if outcome["state"] == "failed" else outcome["reason"])
             self._end_phases(outcome["state"], reason)

@@ -62,6 +62,10 @@ class TrackingRefused(RuntimeError):
     """The store answered and will never take this: the run was deleted there, or a value breaks its rules."""
 
 
+class StoreAway(UserError):
+    """TrackingUnavailable, to whoever needs a run opened now: a command that begins cannot, one at work may wait."""
+
+
 # ---- the store --------------------------------------------------------------------------------------------------
 
 
@@ -194,7 +198,8 @@ class Store:
 
         The run is RUNNING afterwards. A param that changed keeps its first value, and the new one stands in the tag
         `param_update.NAME`. `is_new`: it was surely not begun before, so that nothing is looked for.
-        MLFLOW_EXPERIMENT_NAME wins over `experiment`. Raises UserError where the store fails.
+        MLFLOW_EXPERIMENT_NAME wins over `experiment`. Raises StoreAway where the store does not answer, and UserError
+        where it refuses.
         """
         experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment
         tags = redact_mapping({key: str(value) for key, value in tags.items()})
@@ -206,7 +211,8 @@ class Store:
                 tracked = TrackedRun(self, run, attached=found is not None)
                 tracked._begin(run, tags, params)
         except (TrackingUnavailable, TrackingRefused) as error:
-            raise UserError(f"the MLflow store {redact(self.uri)} cannot be used: {error}. {WAY_OUT}") from error
+            kind = StoreAway if isinstance(error, TrackingUnavailable) else UserError
+            raise kind(f"the MLflow store {redact(self.uri)} cannot be used: {error}. {WAY_OUT}") from error
         return tracked
 
     def _find(self, experiment: str, run_name: str, run_id: str | None, tags: Mapping[str, str]) -> Run | None:

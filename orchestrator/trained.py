@@ -28,6 +28,9 @@ from trainers.weights import open_weights
 if TYPE_CHECKING:
     from trainers.data.types import Tokenizer
 
+NO_OPTIMIZER = {"optimizer_state": "fp32"}
+"""so that nothing is asked for on behalf of one"""
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -57,7 +60,7 @@ def open_trained(
     config = build_config(read_yaml(folder / "config.yaml"))
     found = choose(CheckpointStore(folder / "checkpoints", None, warn=_once()), folder.name, checkpoint)
     model = build_model(ModelConfig.model_validate(found.meta["model"]), found.meta["vocab_size"])
-    words = precision_asked(config, precision)
+    words = precision_asked(config, precision, folder.name)
     check_packages(words, [])
     open_weights(model, found, words, folder)
     return Trained(
@@ -71,14 +74,24 @@ def open_trained(
     )
 
 
-def precision_asked(config: RunConfig, name: str | None) -> PrecisionConfig:
-    """The run's own precision, or the named one over the same adapters. Raises UserError for an unknown name."""
+def precision_asked(config: RunConfig, name: str | None, run: str) -> PrecisionConfig:
+    """The run's own precision, or the named one over the same adapters; of what is opened no optimizer state is kept.
+
+    Raises UserError for an unknown name, and for int8 products over adapters.
+    """
     if name is None:
-        return config.precision
+        return config.precision.model_copy(update=NO_OPTIMIZER)
     if name not in PRECISIONS:
         raise UserError(f"--precision is {', '.join(PRECISIONS)}; got {name!r}.")
     words = {path.removeprefix("precision."): value for path, value in PRECISIONS[name].sets.items()}
-    words |= {"adapter_rank": config.precision.adapter_rank, "bf16_weights": False}
+    rank = config.precision.adapter_rank
+    if rank and words["weights"] == "int8":
+        raise UserError(
+            f"--precision {name} multiplies whole weights in int8, and {run!r} has adapters over frozen ones: make one "
+            f"model of both (orchestrate merge {run} --name {run}-whole) and score that, or say --precision int4 or "
+            "bf16."
+        )
+    words |= {"adapter_rank": rank, "bf16_weights": False, **NO_OPTIMIZER}
     return config.precision.model_copy(update=words)
 
 

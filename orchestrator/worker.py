@@ -47,6 +47,7 @@ def attempt(job: dict[str, Any], open_context: Callable[[], Any]) -> None:
 
 def _attempt(job: dict[str, Any], context: Any) -> None:
     from trainers.config import RunConfig
+    from trainers.devices import resolve_device
     from trainers.errors import NonFinite, Superseded, TrainingFailed, UserError
     from trainers.loop import train
     from trainers.memory.limit import held_to, is_out_of_memory
@@ -54,8 +55,9 @@ def _attempt(job: dict[str, Any], context: Any) -> None:
     if (context.run_dir / OUTCOME).exists():  # the run ended, and a worker died after that: nothing is left to do
         return
     try:
-        with held_to(job.get("memory_limit"), job["threads"]):
-            train(RunConfig.model_validate(job["config"]), context)
+        config = RunConfig.model_validate(job["config"])
+        with held_to(job.get("memory_limit"), job["threads"], resolve_device(config.device, context.local_rank)):
+            train(config, context)
     except Superseded as superseded:
         log.warning("%s", superseded)  # not into the run's folder, which is another's now
     except NonFinite as error:
@@ -64,7 +66,7 @@ def _attempt(job: dict[str, Any], context: Any) -> None:
         _end_in_failure(context, f"{'bad_input' if isinstance(error, UserError) else 'training_failed'}: {error}")
     except Exception as error:
         if is_out_of_memory(error):  # it would come back at the same place: the driver decides what is smaller
-            _end_in_failure(context, f"{OUT_OF_MEMORY}: {str(error).strip().splitlines()[0][:200]}")
+            _end_in_failure(context, f"{OUT_OF_MEMORY}: {_first_line(error)[:200]}")
             if context.world_size == 1:
                 return
             raise  # the other ranks wait for this one: Ray ends them
@@ -130,3 +132,8 @@ def _failure_name(context: Any) -> str:
 
 def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+def _first_line(error: Exception) -> str:
+    """What it says first; its kind where it says nothing, as Python's own MemoryError."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

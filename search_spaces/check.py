@@ -19,18 +19,19 @@ GRID = 128  # a grid of at most so many combinations is built whole (some 0.5 ms
 SAMPLES = 48  # ... and of a larger space so many random ones
 
 
-def check(space: Space, config: RunConfig, device: Device) -> None:
+def check(space: Space, config: RunConfig, device: Device, *, packages: bool = True) -> None:
     """Nothing, where every point of `space` makes a legal run of `config` on `device`.
 
     ConfigError otherwise, with one line for every problem. Ranges are tried at their ends, next to them and inside,
-    choices at every option; combinations all, or a fixed random sample where there are more than GRID.
+    choices at every option; combinations all, or a fixed random sample where there are more than GRID. `packages`: what
+    is not installed here is a problem; not so of a space that another machine is to search.
     """
     if not space:
         raise ConfigError("the search space is empty: give it a path and a domain, such as optim.lr=log(1e-5,1e-3).")
     found: list[str] = []
     sound: list[Axis] = []
     for axis in space.axes:
-        problems = _axis_problems(axis, space, config, device)
+        problems = _axis_problems(axis, space, config, device, packages)
         found += [f"{axis.path}: {problem}" for problem in problems]
         if not problems:
             sound.append(axis)
@@ -43,13 +44,13 @@ def check(space: Space, config: RunConfig, device: Device) -> None:
 # ---- one axis -------------------------------------------------------------------------------------------
 
 
-def _axis_problems(axis: Axis, space: Space, config: RunConfig, device: Device) -> list[str]:
+def _axis_problems(axis: Axis, space: Space, config: RunConfig, device: Device, packages: bool) -> list[str]:
     held = why_held(axis.path, config)
     found = [f"must not be searched: {held}."] if held else _path_problems(axis.path, config)
     found += axis.domain.problems()
     found += _condition_problems(axis, space)
     if axis.path == PRECISION:
-        found += _precision_problems(axis.domain, config, device)
+        found += _precision_problems(axis.domain, config, device, packages)
     return found
 
 
@@ -84,7 +85,7 @@ def _condition_problems(axis: Axis, space: Space) -> list[str]:
     ]
 
 
-def _precision_problems(domain: Domain, config: RunConfig, device: Device) -> list[str]:
+def _precision_problems(domain: Domain, config: RunConfig, device: Device, packages: bool) -> list[str]:
     names = ", ".join(PRECISIONS)
     if not isinstance(domain, Choice):
         return [f"must be a choice among {names}."]
@@ -92,7 +93,7 @@ def _precision_problems(domain: Domain, config: RunConfig, device: Device) -> li
     for name in domain.values:
         if name not in PRECISIONS:
             found.append(f"there is no {name!r}; choose among {names}.")
-        elif (why := refusal(name, config, device)) is not None:
+        elif (why := refusal(name, config, device, packages=packages)) is not None:
             found.append(f"{name} cannot start here: {why}. Take it out of the choice.")
     return found
 

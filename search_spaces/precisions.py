@@ -56,11 +56,14 @@ PRECISIONS: dict[str, Precision] = {
 }
 
 
-def refusal(name: str, config: RunConfig, device: Device) -> str | None:
-    """Why a run of `config` cannot start at precision `name` (a key of PRECISIONS) on `device`; None where it can."""
+def refusal(name: str, config: RunConfig, device: Device, *, packages: bool = True) -> str | None:
+    """Why a run of `config` cannot start at precision `name` (a key of PRECISIONS) on `device`; None where it can.
+
+    `packages`: this machine's count; not so where another is to run it.
+    """
     precision = PRECISIONS[name]
     base = precision.needs_base if config.init_from is None else ""
-    missing = [package for package in precision.packages if find_spec(package) is None]
+    missing = [package for package in precision.packages if find_spec(package) is None] if packages else []
     absent = f"it needs {' and '.join(missing)}: pip install {' '.join(missing)}" if missing else ""
     reasons = [why for why in (precision.not_on.get(device, ""), base, absent) if why]
     if not reasons:

@@ -44,7 +44,7 @@ OPTIONAL = {"tokenizers", "sentencepiece", "datasets", "pyarrow", "zstandard", "
 # no torch and no numpy: valid or invalid alike on every machine, in milliseconds
 PLAIN = (
     *("compatibility", "config", "config_engine", "config_fields", "config_model", "config_data", "config_training"),
-    *("config_io", "config_paths", "deepspeed_config"),
+    *("config_io", "config_paths", "deepspeed_config", "deepspeed_file"),
     *("yaml12", "presets", "guide", "guide_words"),
     *("budget", "schedules", "identity", "errors"),
 )

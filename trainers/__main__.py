@@ -124,14 +124,16 @@ def identify(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     """
     from trainers.config_io import fingerprint, fingerprint_fields
     from trainers.data.prepare import data_hashes
+    from trainers.deepspeed_config import tuned_by
     from trainers.initial import initial_hash
 
-    hashes, start = data_hashes(config, run_dir.parent / ".cache"), initial_hash(config, run_dir)
+    hashes = data_hashes(config, run_dir.parent / ".cache")
+    what = (config, hashes, initial_hash(config, run_dir), tuned_by(config))
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "name": run_dir.name,
-        "fingerprint": fingerprint(config, hashes, start),
-        "fields": fingerprint_fields(config, hashes, start),
+        "fingerprint": fingerprint(*what),
+        "fields": fingerprint_fields(*what),
         "init_from": config.init_from,
     }
 
@@ -148,7 +150,7 @@ def settle(config: RunConfig, identity: dict[str, Any], ctx: LocalContext) -> No
         IDENTITY,
         only_more_budget,
         read_json,
-        refuse_more_after_early_stopping,
+        refuse_more_after_its_end,
         refuse_rewritten_past,
         stored_identity,
     )
@@ -163,7 +165,7 @@ def settle(config: RunConfig, identity: dict[str, Any], ctx: LocalContext) -> No
             )
         if stored["fields"] != fields:
             outcome = read_json(ctx.run_dir / OUTCOME)
-            refuse_more_after_early_stopping(ctx.run_dir.name, outcome, f"init_from={ctx.run_dir}")
+            refuse_more_after_its_end(ctx.run_dir.name, outcome, f"init_from={ctx.run_dir}")
         refuse_rewritten_past(config, stored["fields"], fields)
         identity = {**identity, **stored, "fingerprint": identity["fingerprint"], "fields": fields}
     if ctx.rank == 0:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from trainers.memory.limit import Memory, is_out_of_memory, memory_of
 
@@ -31,8 +31,10 @@ MICRO_BATCHES = 2  # of each step: only from the second on do gradients stand in
 WARM_UP = 2  # steps that are not timed: memory comes from the system, caches fill
 PRODUCT_WIDTH, PRODUCTS = {"cuda": 8192, "cpu": 1024}, 12  # of matrix products, the first two not timed
 PATIENCE_S = 30.0  # once the timed steps have taken this long, those there are suffice
+FIRST_PATIENCE_S = 120.0  # a first step, which may compile, that took longer is all the warm-up there is
 
 Fate = Literal["ok", "out of memory", "killed", "not tried"]
+Timing = TypeVar("Timing")
 
 
 @dataclass(frozen=True)
@@ -198,15 +200,28 @@ def product_flops(compute: str, device: torch.device) -> float:
 def _timed_steps(run: Run, phase: ActivePhase, steps: int) -> tuple[list[float], list[float]]:
     """Seconds of forward and backward over all micro-batches, and of the update, of each timed step."""
     wait = _waiting_for(run.device)
-    began = time.perf_counter()
-    taken: list[tuple[float, float]] = []
-    while len(taken) < WARM_UP + steps:
-        batches = phase.loader.micro_batches(run.progress.phase_step)
-        taken.append(_timed_step(run, phase, batches, wait))
-        if time.perf_counter() - began > PATIENCE_S:
-            break
-    timed = taken[WARM_UP:] or taken[-1:]
+
+    def step() -> tuple[float, float]:
+        return _timed_step(run, phase, phase.loader.micro_batches(run.progress.phase_step), wait)
+
+    timed = warm_steps(step, steps)
     return [forward for forward, _ in timed], [update for _, update in timed]
+
+
+def warm_steps(step: Callable[[], Timing], steps: int, clock: Callable[[], float] = time.perf_counter) -> list[Timing]:
+    """What `steps` calls of `step` said after WARM_UP others; fewer, but at least one, where they take too long.
+
+    The first call may compile the model and is never among them, however long it takes.
+    """
+    began = clock()
+    step()
+    for _ in range(WARM_UP - 1):
+        if clock() - began < FIRST_PATIENCE_S:
+            step()
+    began, timed = clock(), [step()]
+    while len(timed) < steps and clock() - began < PATIENCE_S:
+        timed.append(step())
+    return timed
 
 
 def _timed_step(run: Run, phase: ActivePhase, batches: list[Batch], wait: Callable[[], None]) -> tuple[float, float]:

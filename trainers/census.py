@@ -1,4 +1,4 @@
-"""What a run's tensors really are: bytes by dtype of parameters, gradients and optimizer state on this worker."""
+"""What a run's tensors really are: bytes by dtype of weights, gradients and optimizer state on this worker."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from trainers.config import OptimConfig, PrecisionConfig
 Sizes = dict[str, int]
 """dtype -> bytes, the most first"""
 
+CENSUS = "logs/census.json"
+"""in the run's folder"""
 NAMED = 4  # tensors that a sentence names before it counts the rest
 
 
@@ -24,7 +26,7 @@ class Census:
     """Taken after the first step, when all of it is there."""
 
     bytes: Mapping[str, Sizes]
-    """of each part: parameters, gradients, optimizer"""
+    """of each part: parameters, master weights (where the model computes with copies), gradients, optimizer state"""
     wide_state: tuple[str, ...]
     """parameters whose optimizer state has no 8-bit tensor"""
     state_count: int
@@ -51,17 +53,41 @@ class Census:
             )
         return told
 
+    def to_json(self) -> dict[str, object]:
+        """All of it, for the file CENSUS."""
+        return {
+            "bytes": self.bytes,
+            "tensors_with_state": self.state_count,
+            "without_8_bit_state": list(self.wide_state),
+        }
 
-_PARTS = {"parameters": "parameters", "gradients": "gradients", "optimizer": "optimizer state"}
+
+_PARTS = {
+    "parameters": "parameters",
+    "masters": "master weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+}
 
 
-def gradient_sizes(model: nn.Module) -> Sizes:
-    """The gradients that this worker holds now, before the update lets go of them; none that DeepSpeed keeps for it."""
-    return _sizes(parameter.grad for parameter in model.parameters() if parameter.grad is not None)
+def gradient_sizes(gradients: Iterable[Tensor]) -> Sizes:
+    """What this worker holds for its gradients: of each storage all, for most are parts of a buffer."""
+    sizes: Counter[str] = Counter()
+    seen: set[int] = set()
+    for gradient in gradients:
+        storage = _local(gradient).untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            sizes[_name(gradient.dtype)] += storage.nbytes()
+    return dict(sizes.most_common())
 
 
-def take_census(model: nn.Module, optimizer: Optimizer, gradients: Sizes) -> Census:
-    """What this worker holds now; of sharded tensors its own slice. Each storage counts once."""
+def take_census(model: nn.Module, optimizer: Optimizer, gradients: Sizes, masters: Iterable[Tensor]) -> Census:
+    """What this worker holds now; of sharded tensors its own slice. Each storage counts once.
+
+    `gradients` as they were before the update let go of them; `masters`: the weights that it updates where the model
+    computes with copies of another type or cut.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     state = {  # under ZeRO the parameters of the optimizer are flat slices, which have no names
         parameter: [value for value in kept.values() if isinstance(value, Tensor)]
@@ -70,6 +96,7 @@ def take_census(model: nn.Module, optimizer: Optimizer, gradients: Sizes) -> Cen
     return Census(
         {
             "parameters": _sizes(_weights(model)),
+            "masters": _sizes(masters),
             "gradients": gradients,
             "optimizer": _sizes(tensor for tensors in state.values() for tensor in tensors),
         },
@@ -98,8 +125,12 @@ def _sizes(tensors: Iterable[Tensor]) -> Sizes:
         local = _local(tensor)
         if local.numel() and local.data_ptr() not in seen:
             seen.add(local.data_ptr())
-            sizes[str(local.dtype).removeprefix("torch.")] += local.numel() * local.element_size()
+            sizes[_name(local.dtype)] += local.numel() * local.element_size()
     return dict(sizes.most_common())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -125,5 +156,5 @@ def _amount(size: int) -> str:
 def _listed(names: tuple[str, ...]) -> str:
     if not names:
         return ""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    more = f" and {len(names) - NAMED} more, all in {CENSUS}" if len(names) > NAMED else ""
     return f" ({', '.join(names[:NAMED])}{more})"

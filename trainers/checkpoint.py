@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,6 +45,7 @@ from trainers.staging import SaveFailed, Staging, predicted_bytes, temporaries, 
 
 __all__ = ["Checkpoint", "CheckpointStore", "SaveFailed", "SaveReport"]
 
+HEAD_START_S = 0.01  # of the training before the writer wants the interpreter too: a save took 0.6 ms longer
 RANK_TIMEOUT_S = 120.0  # how long a save waits for the part of another rank
 NICENESS = 10  # of the writing thread: a tenth of a core that the training wants, all of one that it does not
 CLOSING_TIMEOUT_S = 5.0  # and how long once the training is over, when that rank may be dead
@@ -125,6 +127,8 @@ class CheckpointStore:
         self._buffer: SnapshotBuffer[tuple[str, str]] = SnapshotBuffer()
         # One thread for all saves: starting one waits for it to run, submitting to one does not.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_stand_back)
+        self._awaited = threading.Event()
+        """somebody waits for the save in flight"""
         self._in_flight: Future[None] | None = None
         self._closed_at: float | None = None
         self._raise_next: BaseException | None = None
@@ -165,6 +169,7 @@ class CheckpointStore:
         stall_s = time.perf_counter() - called
         is_best = best and self._save_best
         snapshot = _Snapshot(step, tuple(files), tensors, text, is_best, staging, called, stall_s)
+        self._awaited.clear()
         self._in_flight = self._writer.submit(self._run, snapshot)
         if wait:
             self.wait()
@@ -188,6 +193,7 @@ class CheckpointStore:
 
     def _join(self) -> None:
         if self._in_flight is not None:
+            self._awaited.set()
             self._in_flight.result()
             self._in_flight = None
 
@@ -226,6 +232,7 @@ class CheckpointStore:
 
     def _run(self, snapshot: _Snapshot) -> None:
         """One save from snapshot to rotation; nothing escapes, everything is kept for the next call."""
+        self._awaited.wait(HEAD_START_S)
         try:
             self._write_and_commit(snapshot)
             self.last_error = None

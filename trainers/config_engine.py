@@ -71,8 +71,6 @@ def _fsdp(config: RunConfig) -> Iterator[str]:
             "precision.bf16_weights with parallel=fsdp: the random numbers that round an update are drawn for whole "
             f"tensors. Set precision.bf16_weights=false, {way_out}."
         )
-    if config.compile:
-        yield f"compile=true with parallel=fsdp is not supported here: set compile=false, {way_out}."
     if config.device == "mps":
         yield f"parallel=fsdp needs several CUDA GPUs or CPU workers, not device=mps: {way_out[3:]}."
 
@@ -103,8 +101,11 @@ def _deepspeed(config: RunConfig) -> Iterator[str]:
             "precision.bf16_weights with engine=deepspeed: under compute=bf16 ZeRO keeps bf16 weights beside fp32 "
             f"master weights by itself. Leave it out, {way_out}."
         )
-    if config.compile:
-        yield f"compile=true with engine=deepspeed is not supported here: set compile=false, {way_out}."
+    if config.compile and settings.zero_stage == 3:
+        yield (
+            "compile=true with deepspeed.zero_stage=3: ZeRO-3 gathers the weights in hooks around every module, which "
+            "torch.compile cannot trace. Set compile=false, deepspeed.zero_stage=2, or engine=torch parallel=fsdp."
+        )
     if config.device == "mps":
         yield f"engine=deepspeed is not supported on device=mps: set device=cpu, {way_out}."
     yield from _one_optimizer(config)

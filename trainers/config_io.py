@@ -300,10 +300,13 @@ def _drop_unused_budget(data: dict[str, Any], paths: list[str]) -> None:
 # ---- identity -----------------------------------------------------------------------------------------
 
 
-def fingerprint_fields(config: RunConfig, data_hashes: Sequence[str], init_hash: str = "") -> dict[str, Any]:
+def fingerprint_fields(
+    config: RunConfig, data_hashes: Sequence[str], init_hash: str = "", tuned: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Everything that changes the result, flat: dotted path -> value. JSON keeps it as it is.
 
-    `data_hashes` stand for the corpora and `init_hash`, where given, for the run it starts from: content, not paths.
+    `data_hashes` stand for the corpora and, where given, `init_hash` for the run it starts from and `tuned` for its
+    ds_config.json (deepspeed_config.tuned_by): content, not paths.
     """
     every = _flat(config.model_dump(mode="json"))
     fields = {
@@ -313,6 +316,9 @@ def fingerprint_fields(config: RunConfig, data_hashes: Sequence[str], init_hash:
     }
     if init_hash:
         fields["init_from"] = init_hash
+    if tuned is not None:
+        fields.pop("deepspeed.config", None)
+        fields |= {f"deepspeed.config.{path}": value for path, value in tuned.items()}
     return fields | {f"data.hashes.{index}": value for index, value in enumerate(data_hashes)}
 
 
@@ -321,9 +327,11 @@ def _is_new_default(path: str, value: Any) -> bool:
     return plain in ADDED and bool(ADDED[plain] == value)
 
 
-def fingerprint(config: RunConfig, data_hashes: Sequence[str], init_hash: str = "") -> str:
+def fingerprint(
+    config: RunConfig, data_hashes: Sequence[str], init_hash: str = "", tuned: Mapping[str, Any] | None = None
+) -> str:
     """64 hex digits (SHA-256 of canonical JSON) that two runs share exactly when their fields and data are equal."""
-    fields = fingerprint_fields(config, data_hashes, init_hash)
+    fields = fingerprint_fields(config, data_hashes, init_hash, tuned)
     text = json.dumps({"version": FINGERPRINT_VERSION, "fields": fields}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 

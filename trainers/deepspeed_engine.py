@@ -58,6 +58,8 @@ class DeepSpeedEngine:
         self._replica = Replica(model)
         self.optimizer, kinds = _optimizer(model, optim, device, config.precision)
         """the torch optimizer inside"""
+        if config.compile:
+            model.compile()
         self._ds: Any = deepspeed.initialize(
             model=_InAutocast(model, config.precision, device),
             optimizer=self.optimizer,
@@ -136,6 +138,14 @@ class DeepSpeedEngine:
         return Update(norm, skipped)
 
     # ---- state ----------------------------------------------------------------------------------
+
+    def gradients(self) -> Iterator[Tensor]:
+        """As TorchEngine.gradients; from stage 1 on DeepSpeed keeps them in places of its own."""
+        return self._kept.gradients()
+
+    def masters(self) -> Iterator[Tensor]:
+        """This rank's fp32 slices, but those that are the very weights that the model computes with."""
+        return self._kept.masters()
 
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:

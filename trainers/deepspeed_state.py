@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ class ZeroState:
 
     From stage 1 on the optimizer updates slices of groups of tensors in fp32, and the model computes with copies of
     the weights, which at stage 3 are slices too. At stage 0 it updates the parameters themselves.
-    Every method is a collective.
+    Every method is a collective but where it says so.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class ZeroState:
         self._named = list(model.named_parameters())
         self._trained = [name for name, parameter in self._named if parameter.requires_grad]
         self._buffers = model.state_dict().keys() & {name for name, _ in model.named_buffers()}
+        self._zero = ds.optimizer
         self._slices = _slices(ds.optimizer, stage)
         self._moments = [kind for kind, is_count in kinds.items() if not is_count]
         self._counts = STEP in kinds
@@ -56,6 +57,27 @@ class ZeroState:
         for state in self._optimizer.state.values():
             for tensor in state.values():
                 tensor.zero_()
+
+    # ---- counting: no collectives -----------------------------------------------------------------
+
+    def masters(self) -> Iterator[Tensor]:
+        """The slices that are updated, but those that share their storage with the model's weights."""
+        weights = {getattr(p, "ds_tensor", p).untyped_storage().data_ptr() for _, p in self._named}
+        return (part for part in self._slices if part.untyped_storage().data_ptr() not in weights)
+
+    def gradients(self) -> Iterator[Tensor]:
+        """Everything that holds gradients between the last backward and the update; several may share a storage.
+
+        While they add up, stage 1 keeps those of all weights (a sum in another type as `grad_accum`), 2 and 3 what this
+        rank updates; where the optimizer is offloaded, on the CPU too.
+        """
+        for owner in [*(parameter for _, parameter in self._named), *self._slices]:
+            yield from (part for name in ("grad", "grad_accum") if (part := getattr(owner, name, None)) is not None)
+        for name in ("averaged_gradients", "all_grad_tensors", "accumulated_grads_in_cpu"):
+            for group in getattr(self._zero, name, {}).values():
+                yield from [group] if isinstance(group, Tensor) else group or ()
+        if (buffer := getattr(self._zero, "grad_partitions_flat_buffer", None)) is not None:
+            yield buffer
 
     # ---- reading --------------------------------------------------------------------------------
 
@@ -113,9 +135,10 @@ class ZeroState:
     # ---- writing --------------------------------------------------------------------------------
 
     def check(self, files: Mapping[str, Mapping[str, Tensor]], *, optimizer: bool) -> None:
-        """CheckpointError, naming the tensors, where names, shapes or types are not those that `tensors` gives."""
+        """CheckpointError, naming the tensors, where names, shapes or, with the optimizer, types are not those that
+        `tensors` gives."""
         own = {name: torch.empty(shape, device="meta") for name, shape in self._shapes.items()}
-        matched("model", files["model"], {**own, **self._kept_buffers()})
+        matched("model", files["model"], {**own, **self._kept_buffers()}, cast=not optimizer)
         if optimizer:
             moments = {f"{kind}/{name}": own[name] for kind in self._moments for name in self._trained}
             counts = {f"{STEP}/{name}": torch.empty((), device="meta") for name in self._trained if self._counts}
@@ -153,7 +176,7 @@ class ZeroState:
         from deepspeed.utils import safe_set_full_fp32_param
 
         if self._stage and parameter.requires_grad:
-            safe_set_full_fp32_param(parameter, value.to(self._slices[0].device))
+            safe_set_full_fp32_param(parameter, value.to(self._slices[0].device, self._slices[0].dtype))
         if self._stage < 3:
             parameter.data.copy_(value)
             return

@@ -62,10 +62,10 @@ class TorchEngine:
         self.world_size = world_size
         self.precision = precision
         self.scaler = LossScaler(device) if precision.compute == "fp16" else None
-        self._shards = Shards(model) if sharded and world_size > 1 else None
+        self._shards = Shards(model, compile=compile) if sharded and world_size > 1 else None
         self._ddp = data_parallel(model, device) if world_size > 1 and not sharded else None
         self._forward: nn.Module = self._ddp or model
-        if compile:
+        if compile and self._shards is None:
             self._forward = cast(nn.Module, torch.compile(self._forward))
         self.decides_on_device = device.type == "cuda"
         self.skipped = SkippedUpdates(device, self.scaler, world_size=world_size, on_device=self.decides_on_device)
@@ -162,6 +162,14 @@ class TorchEngine:
 
     # ---- state ----------------------------------------------------------------------------------
 
+    def gradients(self) -> Iterator[Tensor]:
+        """What this rank holds of the gradients between the last backward and the update; slices of sharded ones."""
+        return (parameter.grad for parameter in self._parameters if parameter.grad is not None)
+
+    def masters(self) -> Iterator[Tensor]:
+        """The weights that are updated where the model computes with copies of them: here it has none."""
+        return iter(())
+
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:
         """A plain module with all weights on this rank, for any use; a collective to enter."""
@@ -197,9 +205,9 @@ class TorchEngine:
         """Take over `files` and `state` as `tensors()` and `state()` gave them; only the weights unless `optimizer`.
 
         Call begin_phase with the phase's settings first. Raises CheckpointError, naming the tensors, where names,
-        shapes or types differ; then nothing was changed.
+        shapes or, with the optimizer, types differ; then nothing was changed. Weights alone may be of another type.
         """
-        copies = matched("model", files["model"], self._model_tensors())
+        copies = matched("model", files["model"], self._model_tensors(), cast=not optimizer)
         if optimizer:
             copies += matched("optimizer", files["optimizer"], self._optimizer_tensors())
             self.skipped.load(state)
@@ -237,13 +245,16 @@ def same_optimizer(one: OptimConfig, other: OptimConfig) -> bool:
     return (one.name, bool(one.momentum)) == (other.name, bool(other.momentum))
 
 
-def matched(what: str, given: Mapping[str, Tensor], own: NamedTensors) -> list[tuple[Tensor, Tensor]]:
-    """(own tensor, given tensor) by name; CheckpointError where the two sets do not match."""
+def matched(
+    what: str, given: Mapping[str, Tensor], own: NamedTensors, *, cast: bool = False
+) -> list[tuple[Tensor, Tensor]]:
+    """(own tensor, given tensor) by name; CheckpointError where the two sets do not match. Types may differ if `cast`:
+    what starts from weights rounds or widens them, what goes on must have its own."""
     missing, unknown = own.keys() - given.keys(), given.keys() - own.keys()
     problems = [f"{name} is missing" for name in sorted(missing)] + [f"{name} is unknown" for name in sorted(unknown)]
     for name in sorted(own.keys() & given.keys()):
         here, there = own[name], given[name]
-        if (here.shape, here.dtype) != (there.shape, there.dtype):
+        if here.shape != there.shape or (here.dtype != there.dtype and not cast):
             problems.append(f"{name} is {_kind(there)}, needed {_kind(here)}")
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""

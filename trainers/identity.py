@@ -16,9 +16,11 @@ from trainers.errors import ConfigError
 from trainers.schedules import budget_can_grow
 
 IDENTITY = "identity.json"
+MERGED = "merged"
+"""why a run is finished whose weights were put together from those of others"""
 
 _MICRO_BATCH = re.compile(r"batch\.micro_sequences")
-_WORKERS = re.compile(r"workers|engine|parallel|deepspeed\.\w+")
+_WORKERS = re.compile(r"workers|engine|parallel|deepspeed\.[\w.]+")
 _BUDGET = re.compile(r"(phases\.\d+\.)?budget\.\w+")
 
 
@@ -92,9 +94,16 @@ def _with_fields_of(new: Mapping[str, Any], fields: re.Pattern[str], old: Mappin
     return kept | {key: value for key, value in new.items() if fields.fullmatch(key)}
 
 
-def refuse_more_after_early_stopping(name: str, outcome: Mapping[str, Any] | None, start: str) -> None:
-    """ConfigError where the run `name` was ended by early stopping; `start` says how to begin from its weights."""
-    if outcome and outcome.get("reason") == "early_stopping":
+def refuse_more_after_its_end(name: str, outcome: Mapping[str, Any] | None, start: str) -> None:
+    """ConfigError where the run `name` cannot be trained further because of how it ended; `start` says how to begin
+    another from its weights."""
+    reason = outcome.get("reason") if outcome else None
+    if reason == MERGED:
+        raise ConfigError(
+            f"run {name!r} was put together by `orchestrate merge`: it has weights and no optimizer state to go on "
+            f"with. Start a new run from its weights: {start}."
+        )
+    if reason == "early_stopping":
         raise ConfigError(
             f"run {name!r} was ended by early stopping, not by its budget, so a larger budget changes nothing. "
             f"Start a new run from its weights: {start} early_stopping.patience=0."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from trainers.base_weights import base_checkpoint, check_base, identified, keep_base
-from trainers.census import Sizes, gradient_sizes, take_census
+from trainers.census import CENSUS, Sizes, gradient_sizes, take_census
 from trainers.checkpoint import Checkpoint, CheckpointStore
 from trainers.collective import collective
 from trainers.config import ModelConfig, RunConfig
@@ -234,13 +234,15 @@ class Run:
 
     def gradient_sizes(self) -> Sizes:
         """Bytes of the gradients by dtype, to be asked for between the backward and the update."""
-        return gradient_sizes(self.model)
+        return gradient_sizes(self.engine.gradients())
 
     def tell_census(self, phase: ActivePhase, gradients: Sizes) -> None:
-        """Print and record what the tensors are after the first update."""
-        census = take_census(self.model, self.engine.optimizer, gradients)
+        """Print, record and write down what the tensors are after the first update."""
+        census = take_census(self.model, self.engine.optimizer, gradients, self.engine.masters())
         self._write(phase, census.metrics())
         if self.rank == 0:
+            (self.ctx.run_dir / CENSUS).parent.mkdir(exist_ok=True)
+            _write_json(self.ctx, self.ctx.run_dir / CENSUS, census.to_json())
             self.ctx.note(census.sentences(self.config.precision, phase.spec.optim))
 
     def log_step(self, phase: ActivePhase, loss: torch.Tensor, targets: int, lr: float, update: Update) -> None:
@@ -378,8 +380,11 @@ class Run:
 
 def write_outcome(ctx: RunContext, outcome: Outcome) -> None:
     """outcome.json, atomically and only while the claim is ours."""
-    path = ctx.run_dir / "outcome.json"
+    _write_json(ctx, ctx.run_dir / "outcome.json", outcome.to_json())
+
+
+def _write_json(ctx: RunContext, path: Path, value: Mapping[str, object]) -> None:
     temporary = path.with_suffix(".tmp")
     with ctx.guard.held():
-        temporary.write_text(json.dumps(outcome.to_json()) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(value) + "\n", encoding="utf-8")
         os.replace(temporary, path)

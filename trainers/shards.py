@@ -18,9 +18,12 @@ from trainers.replica import Replica
 
 
 class Shards:
-    """`model` sharded in place over the default process group. A collective, and so is every method but `put`."""
+    """`model` sharded in place over the default process group. A collective, and so is every method but `put`.
 
-    def __init__(self, model: nn.Module) -> None:
+    Compiled layer by layer: FSDP2 gathers and lets go in hooks around each, at which a graph of the whole model breaks.
+    """
+
+    def __init__(self, model: nn.Module, *, compile: bool = False) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -28,6 +31,8 @@ class Shards:
         device_type = next(model.parameters()).device.type
         mesh = init_device_mesh(device_type, (dist.get_world_size(),))
         for unit in _units(model):
+            if compile:
+                unit.forward = torch.compile(unit.forward)
             fully_shard(unit, mesh=mesh)
         fully_shard(model, mesh=mesh)
         self._model = model

@@ -6,17 +6,12 @@ a decision leaves the desk, so a killed driver's successor knows all of them.
 
 from __future__ import annotations
 
-import shutil
-import threading
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
-from queue import Queue
 from typing import Any
 
-from orchestrator.experiment import OUTCOME
-from orchestrator.sweeps.history import PENALTY, RESUMABLE, Ending, Exploit, Seen, StopReason, Trial, seed_names
+from orchestrator.absence import Absence
+from orchestrator.sweeps.closing import Closer, Running
+from orchestrator.sweeps.history import FAILED, PENALTY, RESUMABLE, Ending, Exploit, Seen, StopReason, Trial
 from orchestrator.sweeps.journal import Journal
 from orchestrator.sweeps.point import TURN, PointJob
 from orchestrator.sweeps.population import Population
@@ -24,26 +19,11 @@ from orchestrator.sweeps.rules import Rule
 from orchestrator.sweeps.searchers import Searcher
 from orchestrator.sweeps.settings import SweepSettings
 from orchestrator.sweeps.training import EXPLOITED, SeedTraining
-from orchestrator.sweeps.tuning import Later
-from trainers.context import GIVEN_UP
+from orchestrator.sweeps.tuning import Died, Later
+from orchestrator.tracking import StoreAway
 from trainers.errors import ConfigError
 
 Open = Callable[[Trial], list[SeedTraining]]
-LAST_WORDS_S = 60.0  # for a stopped training to write its outcome
-STANDS_BACK_S = 0.5  # the closing of a trial, for the beginning of the next: a slot waits for that
-
-
-@dataclass
-class Running:
-    """A trial that Tune has been given."""
-
-    trial: Trial
-    seeds: list[SeedTraining]
-    began: float = field(default_factory=time.monotonic)
-    stop: StopReason | None = None
-    """why it was told to stop"""
-    silent: bool = False
-    """it trains no more, so what it has not written by now it never will"""
 
 
 class TrialDesk:
@@ -79,20 +59,23 @@ class TrialDesk:
         self._resting: dict[int, Running] = {}
         """members of a population between two rounds"""
         self._best = best_of(self.history.ended(), settings)
-        self._kept: Trial | None = None
-        """of the completed trials the one that still has its checkpoints"""
         self._sunk: set[int] = set()
         """members that left the finite numbers in this round"""
         self._waiting = [] if population else list(self.history.unfinished())
         self._awake = {trial.number for trial in self.history.unfinished()} if population else set()
         """members of which another driver left off and nobody knows whether they rest at the end of a round"""
-        self._closed: Queue[tuple[Running, str, bool] | None] = Queue()
-        self._slots_at_work = threading.Event()
-        """clear between the end of a trial and the word on what follows it"""
         self._exhausted = False
         """nothing follows any more"""
-        self._closer = threading.Thread(target=self._close_all, name="trial-closer", daemon=True)
-        self._closer.start()
+        self._searched_out = False
+        """the searcher has nothing left to ask for"""
+        self._store = Absence(
+            say,
+            away="MLflow is away ({problem}): the trials at work go on, the next one begins when it is back.",
+            back="MLflow is back: trials begin again.",
+        )
+        self._held_back: Trial | None = None
+        """it waits for the store to begin"""
+        self._closer = Closer(journal.folder, self.history, settings, self.best, say)
 
     # ---- for Tune -------------------------------------------------------------------------------
 
@@ -103,29 +86,46 @@ class TrialDesk:
             job = self._next_job()
         finally:
             self._exhausted = job is None
-            self._slots_at_work.set()
+            self._closer.slots_at_work.set()
         return job
 
     def _next_job(self) -> PointJob | Later | None:
         with self._watched():
-            while self.closing is None:
-                trial = self._next_member() if self._population else self._next_trial()
-                if trial is None or isinstance(trial, Later):
-                    return trial
+            while self.closing is None and self._store.is_due:
                 try:
-                    return self._begin(trial)
-                except ConfigError as error:  # a combination of legal values that makes no run
-                    self._end(trial.number, "error", 0, 0.0, str(error))
-                    self._refused(trial)
+                    trial = self._held_back or self._next()
+                    if trial is None or isinstance(trial, Later):
+                        return trial
+                    self._held_back = trial
+                    job = self._begin_or_refuse(trial)
+                    self._held_back = None
+                    if job is not None:
+                        return job
+                except StoreAway as error:
+                    self._store.note(str(error.__cause__ or error))
+            return Later() if self.closing is None else None
+        return None
+
+    def _begin_or_refuse(self, trial: Trial) -> PointJob | None:
+        """None for a combination of legal values that makes no run."""
+        try:
+            return self._begin(trial)
+        except ConfigError as error:
+            self._end(trial.number, "error", 0, 0.0, str(error))
+        self._held_back = None
+        self._refused(trial)
         return None
 
     def _begin(self, trial: Trial) -> PointJob:
         self._awake.discard(trial.number)
-        running = self._resting.pop(trial.number, None) or Running(trial, self._open_trial(trial))
+        running = self._resting.pop(trial.number, None)
+        if running is None:
+            running = Running(trial, self._open_trial(trial))
+            self._store.end()
         self.running[trial.number] = running
         if self.closing is not None:  # meanwhile, on the driver's thread
             running.stop = self.closing
-            self._tell_to_stop(running)
+            running.tell_to_stop()
         metrics = [objective.metric for objective in self.settings.objectives]
         until = self._population.milestones[self.history.rounds] if self._population else None
         return PointJob(trial.number, [seed.job for seed in running.seeds], metrics, self._milestones, until)
@@ -138,18 +138,18 @@ class TrialDesk:
             self.journal.see(number, seen, lambda: self._rule.stops(self.history, number, seen))
             running.stop = running.stop or running.trial.stop
             if running.stop is not None:
-                self._tell_to_stop(running)
+                running.tell_to_stop()
             return running.stop is not None
         return True
 
-    def over(self, number: int, result: dict[str, Any], error: str | None) -> None:
+    def over(self, number: int, result: dict[str, Any], died: Died | None) -> None:
         """A trial has ended: note how, and close its runs behind Tune's back."""
         if not self._exhausted:
-            self._slots_at_work.clear()
+            self._closer.slots_at_work.clear()
         with self._watched():
             running = self.running.pop(number)
-            running.silent = error is not None or bool(result.get("state"))
-            reason, message = _ending(running, result, error)
+            running.silent = died is not None or bool(result.get("state"))
+            reason, message = _ending(running, result, died)
             train_s = float(result.get("train_s", 0.0))
             rounds_left = self._population is not None and self.history.rounds + 1 < len(self._milestones)
             sinks = rounds_left and reason == "nonfinite"
@@ -163,7 +163,7 @@ class TrialDesk:
                 self._sunk.add(number)  # it goes on from a better one after this round
             elif not stays:
                 self._end(number, reason, int(result.get("tokens", 0)), train_s, message)
-            self._closed.put((running, reason, reason in GIVEN_UP))
+            self._closer.put(running, reason)
 
     # ---- for the driver -------------------------------------------------------------------------
 
@@ -174,20 +174,40 @@ class TrialDesk:
             for running in list(self.running.values()):
                 if running.stop is None:
                     running.stop = reason
-                    self._tell_to_stop(running)
+                    running.tell_to_stop()
 
     def finish(self) -> None:
-        """Wait until every ended trial is closed in MLflow too. Raises what went wrong at the desk."""
-        for running in self._resting.values():
-            self._closed.put((running, self.closing or "error", False))
-        self._closed.put(None)
-        self._closer.join()
+        """Wait until every trial that was begun is closed in MLflow too, those that a failed Tune left at work as well.
+        Raises what went wrong at the desk. A stop that found nothing left to train is none."""
+        reason = self.closing or "error"
+        for running in self.running.values():
+            running.stop, running.silent = running.stop or reason, True
+            running.tell_to_stop()
+        for running in (*self.running.values(), *self._resting.values()):
+            self._closer.put(running, reason)
+        self.running.clear()
+        self._closer.finish()
         if self.error is not None:
             raise self.error
+        if self.closing in RESUMABLE and self._ended_for_good():
+            self.closing = None
 
     def best(self) -> Trial | None:
         """The completed trial with the best first objective."""
         return self._best
+
+    @property
+    def trained(self) -> bool:
+        """Whether nothing is left to train: every trial there will be has ended, or had its last evaluation."""
+        asked = self._searched_out or len(self.history.trials) >= self.settings.trials
+        last = self.settings.tokens
+        return asked and all(trial.seen and trial.seen[-1].tokens >= last for trial in self.history.unfinished())
+
+    def _ended_for_good(self) -> bool:
+        """Whether every trial there will be has ended, once nobody asks for another."""
+        if any(self.history.unfinished()):
+            return False
+        return len(self.history.trials) >= self.settings.trials or self._searcher.ask(self.history) is None
 
     @property
     def left(self) -> int:
@@ -205,22 +225,28 @@ class TrialDesk:
     def _watched(self) -> _Watch:
         return _Watch(self)
 
+    def _next(self) -> Trial | Later | None:
+        return self._next_member() if self._population else self._next_trial()
+
     def _next_trial(self) -> Trial | None:
         while self._waiting:
-            trial = self._waiting.pop(0)
+            trial = self._waiting[0]
+            if trial.stop is not None:
+                self._close_judged(trial, trial.stop)
+            self._waiting.pop(0)
             if trial.stop is None:
                 return trial
-            self._close_judged(trial, trial.stop)
         if len(self.history.trials) >= self.settings.trials:
             return None
         params = self._searcher.ask(self.history)
+        self._searched_out = params is None
         return None if params is None else self.journal.ask(params)
 
     def _close_judged(self, trial: Trial, reason: StopReason) -> None:
         """End a trial that was to stop when its driver was killed, without training it further."""
         running = Running(trial, self._open_trial(trial), stop=reason, silent=True)
         self._end(trial.number, reason, 0, 0.0, "")
-        self._closed.put((running, reason, reason in GIVEN_UP))
+        self._closer.put(running, reason)
 
     def _next_member(self) -> Trial | Later | None:
         """A member of the population that has its next round before it; between rounds, who takes over from whom."""
@@ -248,60 +274,22 @@ class TrialDesk:
         for each in exploits:
             self._sunk.discard(each.trial)
             if (resting := self._resting.pop(each.trial, None)) is not None:
-                self._closed.put((resting, EXPLOITED, True))
+                self._closer.put(resting, EXPLOITED)
             names = [self.history.trials[number].name for number in (each.trial, each.parent)]
             self._say(f"{names[0]} goes on from {names[1]} at {each.tokens:,} tokens with {each.params}")
         for number in sorted(self._sunk):
             self._end(number, "nonfinite", 0, 0.0, "nobody was left to go on from")
         self._sunk.clear()
 
-    def _tell_to_stop(self, running: Running) -> None:
-        assert running.stop is not None
-        for seed in running.seeds:
-            seed.request_stop(running.stop)
-
     def _end(self, number: int, reason: StopReason, tokens: int, train_s: float, message: str) -> None:
         trial = self.history.trials[number]
-        failed = reason in ("nonfinite", "oom", "error") or not trial.seen
+        failed = reason in FAILED or not trial.seen
         penalties = tuple(PENALTY * objective.sign for objective in self.settings.objectives)
         values = penalties if failed else trial.seen[-1].values
         tokens = trial.seen[-1].tokens if trial.seen else tokens
         self.journal.end(number, Ending(reason, values, tokens, trial.train_s + train_s, message))
         self.told.append((number, values))
         self._best = best_of([each for each in (self._best, trial) if each is not None], self.settings)
-
-    def _close_all(self) -> None:
-        while (item := self._closed.get()) is not None:
-            running, reason, given_up = item
-            self._slots_at_work.wait(STANDS_BACK_S)
-            try:
-                self._close_trial(running, reason, given_up)
-            except Exception as error:
-                self._say(f"{running.trial.name} could not be closed: {type(error).__name__}: {error}")
-
-    def _close_trial(self, running: Running, reason: str, given_up: bool) -> None:
-        deadline = time.monotonic() + LAST_WORDS_S
-        while not running.silent and time.monotonic() < deadline:
-            if all((seed.folder / OUTCOME).exists() for seed in running.seeds):
-                break
-            time.sleep(0.05)
-        for seed in running.seeds:
-            seed.close(reason, running.trial.ending)
-        if given_up:
-            _drop_checkpoints(seed.folder for seed in running.seeds)
-        elif reason == "completed":
-            self._keep_best(running)
-
-    def _keep_best(self, running: Running) -> None:
-        """Of the trials that went the whole way only the best keeps its checkpoints."""
-        best, sweep_folder = self.best(), running.seeds[0].folder.parent
-        others = list(self.history.ended()) if self._kept is None else [self._kept, running.trial]
-        self._kept = best
-        for trial in others:
-            if trial is not best and trial.ending is not None and trial.ending.reason == "completed":
-                _drop_checkpoints(
-                    sweep_folder / name for name in seed_names(trial.number, self.settings.seeds, len(trial.lineage))
-                )
 
 
 class _Watch:
@@ -329,10 +317,10 @@ def best_of(trials: Iterable[Trial], settings: SweepSettings) -> Trial | None:
     return min(completed, key=lambda trial: (sign * trial.ending.values[0], trial.number), default=None)  # type: ignore[union-attr]
 
 
-def _ending(running: Running, result: dict[str, Any], error: str | None) -> tuple[Any, str]:
+def _ending(running: Running, result: dict[str, Any], died: Died | None) -> tuple[Any, str]:
     """Why a trial ended, and what went wrong."""
-    if error is not None and not result.get("state"):
-        return "error", error
+    if died is not None and not result.get("state"):
+        return died.reason, died.message
     if running.stop is not None and result.get("state") != "finished":
         return running.stop, ""
     match result.get("state"):
@@ -344,8 +332,3 @@ def _ending(running: Running, result: dict[str, Any], error: str | None) -> tupl
             return TURN, ""
         case _:
             return "user", ""
-
-
-def _drop_checkpoints(folders: Iterable[Path]) -> None:
-    for folder in folders:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)

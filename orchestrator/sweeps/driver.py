@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import threading
@@ -17,7 +16,6 @@ from orchestrator.claimed import make_folder, say
 from orchestrator.experiment import cache_dir
 from orchestrator.memory_limit import limit_for
 from orchestrator.preflight import check_device, check_model
-from orchestrator.provenance import describe_environment
 from orchestrator.ray_cluster import ray_cluster
 from orchestrator.signals import StopSignals
 from orchestrator.sweeps.desk import TrialDesk, best_of
@@ -25,18 +23,18 @@ from orchestrator.sweeps.foreseen import TrialFootprints
 from orchestrator.sweeps.history import StopReason
 from orchestrator.sweeps.journal import JOURNAL, Journal, read_history
 from orchestrator.sweeps.memory import Allowed, Footprints, allowed
+from orchestrator.sweeps.parent import ParentRun, is_told, open_parent
 from orchestrator.sweeps.population import Population
-from orchestrator.sweeps.refused import enter_refused, untold
+from orchestrator.sweeps.refused import enter_refused
 from orchestrator.sweeps.rules import build_rule
-from orchestrator.sweeps.searchers import build_searcher
+from orchestrator.sweeps.searchers import build_searcher, left_of_grid
 from orchestrator.sweeps.settings import SweepSettings, build_settings
 from orchestrator.sweeps.slots import Slots, slots_of, starts_ahead
 from orchestrator.sweeps.sweep import Sweep, SweepRequest, settle_name, sweep_fields, tokens_of_phases, write_sweep
 from orchestrator.sweeps.table import SweepDisplay
-from orchestrator.sweeps.training import open_trial, owes, settle, take_over
+from orchestrator.sweeps.training import open_trial, take_over
 from orchestrator.sweeps.trials import in_tokens
 from orchestrator.sweeps.tuning import AHEAD, run_trials
-from orchestrator.sweeps.winner import command_of
 from orchestrator.tracker import OpeningStore
 from search_spaces.precisions import Device
 from search_spaces.space import Space
@@ -47,7 +45,7 @@ from trainers.data.types import PreparedData
 from trainers.errors import TrainingFailed
 
 if TYPE_CHECKING:
-    from orchestrator.tracking import EndState, TrackedRun
+    from orchestrator.tracking import EndState
 
 POLL_S = 0.25
 GPU_NOTED_S = 10.0  # between two notes of the GPU time so far: what a kill of the driver may take from the count
@@ -83,7 +81,7 @@ def tune(
         shared = {"data": data.report, "tokenizer": data.tokenizer.fingerprint}
         sweep = Sweep(
             name, folder, request.runs_dir, base, settings, space, fields, hashes, device, taken_out,
-            shared_identity=shared,
+            typed_runs_dir=request.typed_runs_dir, shared_identity=shared,
         )  # fmt: skip
         if is_finished(sweep):
             code = already_finished(sweep, display)
@@ -91,7 +89,7 @@ def tune(
             with claimed_sweep(sweep) as claim:
                 code = SweepDriver(sweep, data, request, claim, signals, display).run()
         winner = best_of(read_history(sweep.folder / JOURNAL).ended(), settings)
-        trains = request.then_train and code == DONE and winner is not None
+        trains = request.then_train is not None and code == DONE and winner is not None
         if trains:
             held, display.document = display.document, None
     if trains:
@@ -105,8 +103,7 @@ def tune(
 def is_finished(sweep: Sweep) -> bool:
     """Whether nothing is left to train, and MLflow has all of it."""
     done = sweep.identity.get("finished") == sweep.settings.trials
-    history = read_history(sweep.folder / JOURNAL)
-    return done and not owes(sweep, history) and not any(untold(sweep, history))
+    return done and is_told(sweep, read_history(sweep.folder / JOURNAL))
 
 
 def already_finished(sweep: Sweep, display: SweepDisplay) -> int:
@@ -175,8 +172,10 @@ class SweepDriver:
             self.signals.leave_if_asked()
             slots = slots_of(ray, sweep, self.request)
             self.sweep = sweep = self._within_memory(slots)
+            if left := left_of_grid(sweep.settings, sweep.space):
+                display.note(left)
             display.status("opening MLflow")
-            parent = self._open_parent(opening, slots)
+            parent = open_parent(sweep, opening, slots.count, display.note)
             population = Population(sweep.settings, sweep.space) if sweep.settings.scheduler == "pbt" else None
             desk = TrialDesk(
                 journal,
@@ -190,10 +189,8 @@ class SweepDriver:
                 lambda exploit: take_over(self.sweep, journal.history, exploit),
                 lambda trial: enter_refused(self.sweep, trial, opening, parent.run_id),
             )
-            with self._ended_truthfully(parent):
-                settle(sweep, journal.history, opening, parent.run_id, display.note)
-                for trial in untold(sweep, journal.history):
-                    enter_refused(sweep, trial, opening, parent.run_id)
+            with parent.ended_truthfully():
+                parent.settle(journal.history)
                 error = self._watch(Tuning(desk, slots, self._tune_folder, bool(ahead)), desk, slots)
                 display.status("closing the trials")
                 desk.finish()
@@ -256,7 +253,7 @@ class SweepDriver:
             if self.signals.reason and desk.closing is None:
                 self.display.note(f"{self.signals.reason}: the trials stop at their next step (again to stop at once)")
                 desk.close("user")
-            elif desk.closing is None and (spent := self._spent(desk)):
+            elif desk.closing is None and not desk.trained and (spent := self._spent(desk)):
                 self.display.note(f"{spent}: the trials stop at their next step; the same command with more goes on")
                 desk.close("budget")
             self.display.tick(desk)
@@ -283,51 +280,16 @@ class SweepDriver:
             return f"--max-gpu-hours is used up ({self._gpu_s / 3600:.2f})"
         return None
 
-    # ---- MLflow ---------------------------------------------------------------------------------
-
-    def _open_parent(self, opening: OpeningStore, slots: Slots) -> TrackedRun:
-        sweep = self.sweep
-        tags = {
-            **describe_environment(),
-            "kind": "sweep",
-            "preset": sweep.base.preset,
-            "fingerprint": sweep.fingerprint,
-            "run_path": str(sweep.folder),
-            "sweep.settings": sweep.settings.model_dump_json(),
-            "sweep.taken_out": json.dumps([list(cell) for cell in sweep.taken_out]),
-            "sweep.slots": str(slots.count),
-        }
-        run = opening.get().open_run(
-            sweep.base.preset.split("/")[0],
-            sweep.name,
-            run_id=sweep.identity.get("mlflow_run_id"),
-            tags=tags,
-            params={**sweep.base.model_dump(mode="json"), "corpus": sweep.shared_identity["data"]},
-        )
-        write_sweep(sweep, mlflow_run_id=run.run_id)
-        return run
-
-    @contextlib.contextmanager
-    def _ended_truthfully(self, parent: TrackedRun) -> Iterator[None]:
-        """Whatever ends the driver inside, the sweep's MLflow run does not stay RUNNING."""
-        try:
-            yield
-        except BaseException as error:
-            with contextlib.suppress(Exception):
-                parent.finish("FAILED", f"error: {type(error).__name__}")
-            raise error
-
     # ---- afterwards -----------------------------------------------------------------------------
 
-    def _conclude(self, desk: TrialDesk, parent: TrackedRun) -> int:
+    def _conclude(self, desk: TrialDesk, parent: ParentRun) -> int:
         shutil.rmtree(self.sweep.folder / ".ray", ignore_errors=True)
         best = desk.best()
-        reason: StopReason = desk.closing or "completed"
-        seconds = time.monotonic() - self._began
-        self._tell_parent(desk, parent, seconds)
+        self._tell(desk, parent)
         failed = desk.closing is None and best is None
         state: EndState = "FAILED" if failed else "FINISHED" if desk.closing is None else "KILLED"
-        parent.finish(state, "error" if failed else reason)
+        reason: StopReason = "error" if failed else desk.closing or "completed"
+        parent.finish(state, reason)
         self._report(parent)
         if failed:
             messages = sorted({t.ending.message or t.ending.reason for t in desk.history.ended() if t.ending})
@@ -337,27 +299,16 @@ class SweepDriver:
         write_sweep(self.sweep, finished=self.sweep.settings.trials)
         return DONE
 
-    def _tell_parent(self, desk: TrialDesk, parent: TrackedRun, seconds: float) -> None:
-        from orchestrator.tracking import TrackingRefused, TrackingUnavailable
-
-        ended = list(desk.history.ended())
-        best = best_of(ended, self.sweep.settings)
+    def _tell(self, desk: TrialDesk, parent: ParentRun) -> None:
+        """MLflow, and the sweep's own file, what it has come to."""
         trials = desk.history.trials.values()
         train_s = sum(trial.ending.train_s if trial.ending else trial.train_s for trial in trials)
-        seconds += self.sweep.identity.get("wall_s", 0.0)
+        seconds = time.monotonic() - self._began + self.sweep.identity.get("wall_s", 0.0)
         write_sweep(self.sweep, wall_s=seconds, gpu_s=self._gpu_s)
-        row = {"step": len(ended), "time_ms": time.time_ns() // 1_000_000, "sweep/wall_s": seconds,
-               "sweep/train_s": train_s, "sweep/tokens": desk.tokens}  # fmt: skip
-        if best is not None and best.ending is not None:
-            row["sweep/best"] = best.ending.values[0]
-        with contextlib.suppress(TrackingUnavailable, TrackingRefused):
-            parent.log_metrics([row])
-            if best is not None:
-                parent.set_tags({"sweep.best": best.name, "sweep.command": command_of(self.sweep, best)})
-            parent.log_artifact(self.sweep.folder / JOURNAL)
-            parent.log_artifact(self.sweep.folder / "config.yaml")
+        parent.settle(desk.history)
+        parent.tell(desk.history, desk.best(), seconds, train_s, desk.tokens)
 
-    def _report(self, parent: TrackedRun) -> None:
+    def _report(self, parent: ParentRun) -> None:
         """The closing table, the page and the figures, from MLflow alone; worth a note when they fail, no more."""
         from orchestrator.sweeps.figures import draw_search_figures
         from orchestrator.sweeps.report_html import write_page
@@ -369,8 +320,8 @@ class SweepDriver:
             page, figures = self.sweep.folder / "report.html", self.sweep.folder / "plots"
             draw_search_figures(results, figures)
             write_page(results, page)
-            parent.log_artifact(figures, "plots")
-            parent.log_artifact(page)
+            parent.run.log_artifact(figures, "plots")
+            parent.run.log_artifact(page)
         except Exception as error:
             self.display.note(f"the report could not be drawn: {type(error).__name__}: {error}")
         else:

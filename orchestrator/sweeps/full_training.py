@@ -17,7 +17,6 @@ from trainers.config_io import build_config
 from trainers.data.prepare import data_hashes
 from trainers.data.types import PreparedData
 from trainers.errors import ConfigError
-from trainers.presets import PRESETS
 
 
 def train_winner(
@@ -33,7 +32,8 @@ def train_winner(
     `document`, of the sweep, is printed as JSON in any case, with the training as its `training` where that ends.
     Raises UserError where another run has that name, an earlier winner's say.
     """
-    config = full_run(sweep, winner, typed, data)
+    assert request.then_train is not None
+    config = full_run(sweep, winner, typed, request.then_train, data)
     name = f"{sweep.name}-best"
     asked = Request(request.runs_dir, name, verbose=request.verbose, json=request.json, document=document)
     try:
@@ -54,20 +54,21 @@ def _refuse_another(config: RunConfig, winner: Trial, asked: Request) -> None:
         ) from None
 
 
-def full_run(sweep: Sweep, winner: Trial, typed: RunConfig, data: PreparedData) -> RunConfig:
-    """The winner's settings on as many tokens as the preset's own budget pays for at the base batch; a configuration
-    without a preset has its own budget."""
-    full = _with_own_budget(typed)
+def full_run(sweep: Sweep, winner: Trial, typed: RunConfig, own: RunConfig, data: PreparedData) -> RunConfig:
+    """The winner's settings on as many tokens as the budgets of `own` pay for at the base batch.
+
+    `own`: the preset, file or run that the command line named, before its settings.
+    """
+    full = _with_budgets_of(own, typed)
     full = in_tokens(full, tokens_of_phases(full, data))
     return winning_run(replace(sweep, base=full), winner)
 
 
-def _with_own_budget(typed: RunConfig) -> RunConfig:
-    if typed.preset not in PRESETS:
+def _with_budgets_of(own: RunConfig, typed: RunConfig) -> RunConfig:
+    """`typed` itself where its phases are others."""
+    given, values = own.model_dump(mode="json"), typed.model_dump(mode="json")
+    if [phase["name"] for phase in given["phases"]] != [phase["name"] for phase in values["phases"]]:
         return typed
-    preset, values = PRESETS[typed.preset]().model_dump(mode="json"), typed.model_dump(mode="json")
-    if [phase["name"] for phase in preset["phases"]] != [phase["name"] for phase in values["phases"]]:
-        return typed
-    for part, own in [(values, preset), *zip(values["phases"], preset["phases"], strict=True)]:
-        part["budget"] = own["budget"]
+    for part, was in [(values, given), *zip(values["phases"], given["phases"], strict=True)]:
+        part["budget"] = was["budget"]
     return build_config(values)

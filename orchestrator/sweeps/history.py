@@ -18,8 +18,9 @@ RESUMABLE: frozenset[str] = frozenset({"budget", "user"})
 """reasons after which a trial goes on when the sweep does; every other ending is final"""
 FAILED: frozenset[str] = frozenset({"nonfinite", "oom", "error"})
 """reasons after which a trial has no objective"""
-PENALTY = 1e6
-"""the objective of a trial that has none (non-finite, out of memory, failed), in the worse direction"""
+PENALTY = 1e30
+"""the objective of a trial that has none (non-finite, out of memory, failed), in the worse direction: beyond any speed
+or perplexity that says something, and squares of it are still finite"""
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class Trial:
     """None while it runs, waits, or can go on"""
     train_s: float = 0.0
     """seconds inside train() before it was interrupted or rested; those since are not in it"""
+    began: Params = field(default_factory=dict)
+    """the params it was asked for with: those of a population's member change"""
     lineage: list[Exploit] = field(default_factory=list)
     """what it took over from other members of its population; each begins a folder of its own"""
 
@@ -101,7 +104,7 @@ class History:
 
     def ask(self, number: int, params: Params) -> Trial:
         assert number not in self.trials
-        self.trials[number] = trial = Trial(number, params)
+        self.trials[number] = trial = Trial(number, params, began=params)
         self.events.append(Event("asked", number))
         return trial
 

@@ -24,6 +24,8 @@ class Journal:
     """
 
     def __init__(self, path: Path, guard: Guard):
+        self.folder = path.parent
+        """the sweep's"""
         self._guard = guard
         self.history = History()
         with guard.held():

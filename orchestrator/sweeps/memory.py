@@ -33,8 +33,7 @@ from trainers.memory.calibration import calibration_of
 from trainers.memory.fit import worker_rows
 
 if TYPE_CHECKING:
-    from trainers.memory.prediction import Footprint
-    from trainers.memory.timeline import Timeline
+    from trainers.memory.prediction import Footprint, Timelines
 
 AMPLE = 0.5  # of the memory: a guess below this needs no prediction
 MARGIN = 0.92  # of the memory that a prediction may fill: it errs by up to 8%
@@ -88,7 +87,7 @@ class Footprints:
     def __init__(self, vocab_size: int, device: Device, calibrations: Path):
         self.vocab_size, self._device = vocab_size, device
         self._calibration = calibration_of(device, calibrations)
-        self._timelines: dict[tuple[Any, ...], Timeline] = {}
+        self._timelines: dict[tuple[Any, ...], Timelines] = {}
         self._lock = threading.Lock()
 
     def of(self, config: RunConfig) -> Footprint:

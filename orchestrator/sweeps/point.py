@@ -27,6 +27,7 @@ from trainers.identity import read_json
 from trainers.record import read_rows
 
 POLL_S = 0.1
+EVALUATED = "val/loss"  # what an evaluation logs, and nothing else does
 TURN = "its turn is over"  # the reason of a seed that waits for the others
 LEFT = "user"  # the reason where nobody asked for a stop, and the process is wanted back
 LAST_WORDS_S = 120.0  # for a training that was told to stop to save where it stands
@@ -207,6 +208,11 @@ class SeedRun:
         self._folder = Path(job["run_dir"])
         self._reported: dict[int, tuple[float, ...]] = {}
         """tokens -> objectives, as heard here: the record's rows reach their file a moment later"""
+        self._wanted = frozenset((*metrics, EVALUATED))
+        self._steps: dict[int, dict[str, Any]] = {}
+        """step -> tokens and what was wanted of its rows, so far as the record was read"""
+        self._read = 0
+        """bytes of the record"""
 
     def train(self, milestone: int | None) -> Said:
         """Train to its end, or to the first evaluation at or after `milestone` tokens."""
@@ -256,14 +262,21 @@ class SeedRun:
 
     def evaluations(self) -> list[tuple[int, tuple[float, ...]]]:
         """(tokens, objectives) of every evaluation on record, joined by step."""
-        steps: dict[int, dict[str, Any]] = {}
-        for row, _ in read_rows(self._folder / "metrics.jsonl"):
-            steps[row["step"]] = row | steps.get(row["step"], {})
-        on_record = {row["tokens"]: self._objectives(row) for row in steps.values() if self._evaluated(row)}
+        self._read_on()
+        on_record = {row["tokens"]: self._objectives(row) for row in self._steps.values() if self._evaluated(row)}
         return sorted((self._reported | on_record).items())
 
+    def _read_on(self) -> None:
+        """Take in what the record has gained: it is asked several times a second while several workers train."""
+        for row, end in read_rows(self._folder / "metrics.jsonl", offset=self._read):
+            self._read = end
+            if not self._wanted.isdisjoint(row):
+                kept = {name: value for name, value in row.items() if name == "tokens" or name in self._wanted}
+                self._steps[row["step"]] = kept | self._steps.get(row["step"], {})
+
     def _evaluated(self, row: Mapping[str, Any]) -> bool:
-        return all(name in row for name in self._metrics)
+        """Whether the row is an evaluation's; others have a training loss and a speed too."""
+        return self._wanted <= row.keys()
 
     def _objectives(self, row: Mapping[str, Any]) -> tuple[float, ...]:
         return tuple(float(row[name]) for name in self._metrics)

@@ -46,7 +46,8 @@ def closing_lines(results: SweepResults, rows: int = ROWS) -> list[RenderableTyp
     parts += [Text(line, style="dim") for line in (more, words.footnote(results)) if line]
     parts += [Text("")]
     parts += [Text(plain(words.winner_words(results)), style="bold green" if results.winner else "bold red")]
-    parts += [Text(plain(line)) for line in (words.noise_words(results), *words.stopped_words(results)) if line]
+    said = (results.lineage, words.noise_words(results), *words.stopped_words(results))
+    parts += [Text(plain(line)) for line in said if line]
     parts += [Text(plain(f"Left out of the space: {cell} ({reason})")) for cell, reason in results.taken_out]
     parts += [Text(""), pairs([(name, Text(plain(value))) for name, value in words.cost_words(results)])]
     if results.command:
@@ -88,6 +89,7 @@ def facts(results: SweepResults) -> dict[str, Any]:
         "settings": dict(results.settings),
         "best": None if winner is None else _point(winner, ranks.get(winner.number)),
         "command": results.command,
+        "lineage": results.lineage,
         "noise": None
         if found is None
         else {
@@ -153,6 +155,7 @@ def markdown(results: SweepResults) -> str:
     blocks = [f"# {_md(words.headline(results))}"]
     blocks += [f"> {_md(line)}" for line in (words.still_going(results), *results.notes) if line]
     blocks += [f"**{_md(words.winner_words(results))}** {_md(words.noise_words(results))}".rstrip()]
+    blocks += [_md(results.lineage)] if results.lineage else []
     if results.command:
         blocks += [_fenced(results.command)]
     if sheet.rows:

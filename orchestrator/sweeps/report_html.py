@@ -107,12 +107,9 @@ def _section(title: str, content: str) -> Iterable[str]:
 
 
 def _answer(results: SweepResults) -> str:
-    noise = words.noise_words(results)
+    said = "".join(f"<p>{_text(line)}</p>" for line in (results.lineage, words.noise_words(results)) if line)
     command = f"<pre>{_text(results.command)}</pre>" if results.command else ""
-    return (
-        f'<div class="answer"><p class="best">{_text(words.winner_words(results))}</p>'
-        f"{f'<p>{_text(noise)}</p>' if noise else ''}{command}</div>"
-    )
+    return f'<div class="answer"><p class="best">{_text(words.winner_words(results))}</p>{said}{command}</div>'
 
 
 def _ranking(results: SweepResults) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from orchestrator.sweeps.history import PENALTY, trial_name
+from orchestrator.sweeps.history import trial_name
 from orchestrator.sweeps.settings import Objective
 
 FAILED = ("nonfinite", "oom", "error")
@@ -55,8 +55,7 @@ class TrialResult:
     @property
     def told(self) -> tuple[float, ...]:
         """The objectives, none for a trial that failed or has told none yet."""
-        sound = bool(self.objectives) and all(abs(value) < PENALTY for value in self.objectives)
-        return self.objectives if sound and self.state not in FAILED else ()
+        return () if self.state in FAILED else self.objectives
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,9 @@ class SweepResults:
     best: int | None = None
     """the number of the point that the sweep itself names its best"""
     command: str = ""
-    """that trains the winner, ready to paste"""
+    """that uses the winner, ready to paste"""
+    lineage: str = ""
+    """how the weights of a population's winner came about, in a sentence"""
     taken_out: tuple[tuple[str, str], ...] = ()
     """(cell, reason)"""
     slots: int = 1

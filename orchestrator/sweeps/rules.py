@@ -17,6 +17,9 @@ from typing import Protocol
 from orchestrator.sweeps.draws import generator
 from orchestrator.sweeps.history import History, Seen, StopReason, Trial
 from orchestrator.sweeps.settings import SweepSettings
+from search_spaces.space import Space
+from search_spaces.trial import SHARE
+from trainers.errors import ConfigError
 
 MIN_SAMPLES = 3
 """trials that the median is taken of, at least"""
@@ -25,6 +28,26 @@ MIN_SAMPLES = 3
 class Rule(Protocol):
     def stops(self, history: History, number: int, seen: Seen) -> StopReason | None:
         """Why trial `number` ends here, None where it goes on. `seen` is its last evaluation in the history."""
+
+
+def default_scheduler(space: Space) -> str:
+    """The scheduler where nobody names one: asha, or none where no two trials may be compared before their ends."""
+    return "none" if _shares(space) else "asha"
+
+
+def check_rule(space: Space, scheduler: str) -> None:
+    """ConfigError where trials would be compared on different texts: each phase scores its own held-out text, and where
+    the shares of phases are searched, trials of equal tokens are in different phases."""
+    shares = _shares(space)
+    if shares and scheduler != "none":
+        raise ConfigError(
+            f"scheduler={scheduler} compares trials at equal tokens, where {', '.join(shares)} has them in different "
+            "phases, each of which scores its own text: say --scheduler none."
+        )
+
+
+def _shares(space: Space) -> list[str]:
+    return [path for path in space if SHARE.fullmatch(path)]
 
 
 def build_rule(settings: SweepSettings) -> Rule:

@@ -20,6 +20,7 @@ from orchestrator.sweeps.history import FAILED, PENALTY, Ending, Event, History,
 from orchestrator.sweeps.settings import Objective, SweepSettings
 from search_spaces.space import Choice, Float, Int, Space
 
+MOST_CELLS = 100_000
 REDRAWS = 100
 """draws that may meet points asked for before, until the points left are listed instead"""
 
@@ -38,6 +39,25 @@ def build_searcher(settings: SweepSettings, space: Space) -> Searcher:
     from orchestrator.sweeps.tpe import TPESearcher
 
     return TPESearcher(space, settings.objectives, settings.seed, settings.trials)
+
+
+def grid_cells(space: Space, points_per_axis: int) -> int:
+    """How many cells the grid has, counted up to what no sweep trains."""
+    return max(1, sum(1 for _ in islice(space.grid(points_per_axis), MOST_CELLS)))
+
+
+def left_of_grid(settings: SweepSettings, space: Space) -> str | None:
+    """A sentence for a person where a grid is larger than the sweep, whose trials then lie in a corner of it."""
+    if settings.searcher != "grid":
+        return None
+    cells = grid_cells(space, settings.grid_points)
+    if settings.trials >= cells:
+        return None
+    there = f"{cells:,} cells" + (" or more" if cells == MOST_CELLS else "")
+    return (
+        f"the grid has {there}, and --trials {settings.trials} takes the first {settings.trials} in order, "
+        f"{list(space)[-1]} fastest: say --trials {cells} for the whole grid, or --searcher random for an even choice"
+    )
 
 
 class GridSearcher:
@@ -148,10 +168,13 @@ def _text(params: Params) -> str:
 
 
 def told(objectives: Sequence[Objective], ending: Ending) -> tuple[float, ...]:
-    """The objectives of an ended trial, finite always: the penalty, in the worse direction, where there is none."""
+    """The objectives of an ended trial, finite always: the penalty, in the worse direction, where there is none.
+
+    Nothing lies beyond the penalty, so no trial ranks behind a failed one.
+    """
     failed = ending.reason in FAILED
     values = ending.values if len(ending.values) == len(objectives) else (math.nan,) * len(objectives)
     return tuple(
-        value if math.isfinite(value) and not failed else objective.sign * PENALTY
+        min(max(value, -PENALTY), PENALTY) if math.isfinite(value) and not failed else objective.sign * PENALTY
         for value, objective in zip(values, objectives, strict=True)
     )

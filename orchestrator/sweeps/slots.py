@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -43,15 +45,22 @@ def device_of(base: RunConfig, request: SweepRequest) -> Device:
         if begun.get("device") in get_args(Device):
             return begun["device"]
     if os.environ.get("RAY_ADDRESS"):
-        try:
-            with ray_cluster(base.workers, verbose=False, log_path=Path(os.devnull)) as ray:
-                return _device_there(ray, base, request)
-        except ConnectionError as error:
-            first = str(error).strip().splitlines()[0]
-            raise UserError(f"the Ray cluster that RAY_ADDRESS names cannot be asked what it has: {first}") from error
+        with asked_cluster(base.workers) as ray:
+            return _device_there(ray, base, request)
     from trainers.devices import resolve_device
 
     return resolve_device("auto").type  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def asked_cluster(workers: int) -> Iterator[Any]:
+    """The cluster that RAY_ADDRESS names, to be asked what it has. Raises UserError where it does not answer."""
+    try:
+        with ray_cluster(workers, verbose=False, log_path=Path(os.devnull)) as ray:
+            yield ray
+    except ConnectionError as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"the Ray cluster that RAY_ADDRESS names cannot be asked what it has: {first}") from error
 
 
 def _device_there(ray: Any, base: RunConfig, request: SweepRequest) -> Device:
@@ -73,24 +82,33 @@ def starts_ahead(sweep: Sweep, request: SweepRequest) -> bool:
 def check_fits_here(workers: int, cpus_per_trial: int) -> None:
     """UserError where a trial could never be placed on this machine; a cluster that is joined is asked later."""
     if not os.environ.get("RAY_ADDRESS"):
-        _refuse_too_many_cpus(workers, cpus_per_trial, max(workers, usable_cpus()))
+        trials_that_fit([max(workers, usable_cpus())], workers, cpus_per_trial)
 
 
-def _refuse_too_many_cpus(workers: int, each: int, cpus: float) -> None:
-    if workers * each > cpus:
+def trials_that_fit(nodes: Sequence[int], workers: int, each: int) -> int:
+    """How many trials the free CPUs of these nodes hold at a time, a worker with all of its `each` on one node.
+
+    Raises UserError where that is none.
+    """
+    fit = sum(node // each for node in nodes) // workers
+    if fit == 0:
+        there = f"and there are {sum(nodes)}"
+        if len(nodes) > 1:
+            there = f"each worker's on one node, {there} on {len(nodes)} nodes, the largest of which has {max(nodes)}"
         raise UserError(
             f"a trial of {workers} worker{'s' if workers > 1 else ''} with {each} CPUs each needs {workers * each}, "
-            f"and there are {cpus:g}: it could never start. Lower --cpus-per-trial or --workers."
+            f"{there}: it could never start. Lower --cpus-per-trial or --workers."
         )
+    return fit
 
 
 def slots_of(ray: Any, sweep: Sweep, request: SweepRequest) -> Slots:
     """What the real cluster allows. Raises UserError where a trial could never be placed."""
-    cpus, gpus = sum(free_cpus(ray)), float(ray.cluster_resources().get("GPU", 0))
+    gpus = float(ray.cluster_resources().get("GPU", 0))
     workers, each = sweep.base.workers, sweep.settings.cpus_per_trial
     wanted = request.gpus_per_trial
     per_trial = (float(workers) if sweep.device == "cuda" else 0.0) if wanted is None else wanted
-    _refuse_too_many_cpus(workers, each, cpus)
+    fit = trials_that_fit(free_cpus(ray), workers, each)
     if per_trial > gpus:
         raise UserError(
             f"a trial needs {per_trial:g} GPUs and the cluster has {gpus:g}: it could never start. "
@@ -98,7 +116,6 @@ def slots_of(ray: Any, sweep: Sweep, request: SweepRequest) -> Slots:
         )
     if workers > 1 and per_trial and per_trial != workers:
         raise UserError(f"a trial of {workers} workers takes a GPU each: leave --gpus-per-trial {per_trial:g} out.")
-    fit = int(cpus // (workers * each))
     if per_trial:
         fit = min(fit, int(gpus / per_trial + 1e-9))
     count = min(fit, request.concurrent or fit)

@@ -73,6 +73,7 @@ def results_of(store: Store, sweep: StoredRun) -> SweepResults:
         stop_reason=tags.get(STOP_REASON, ""),
         best=int(best[1]) if best else None,
         command=tags.get("sweep.command", ""),
+        lineage=tags.get("sweep.lineage", ""),
         taken_out=_pairs(_json(tags, "sweep.taken_out", list, notes)),
         slots=max(1, _whole(tags.get("sweep.slots"), 1)),
         wall_s=finite.get("sweep/wall_s", (sweep.end_s or time.time()) - sweep.start_s),

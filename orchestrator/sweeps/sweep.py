@@ -18,11 +18,13 @@ from search_spaces.space import Space
 from trainers.config import RunConfig
 from trainers.config_io import differences, dump_yaml, fingerprint_fields
 from trainers.data.types import PreparedData
+from trainers.deepspeed_config import tuned_by
 from trainers.errors import ConfigError
 from trainers.identity import read_json
 from trainers.initial import initial_hash
 
 MAY_GROW = "sweep.trials"
+SPACE = "sweep.space"
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,17 @@ class SweepRequest:
     """What the command line asked for besides the sweep itself: it changes when and where, not what."""
 
     runs_dir: Path
+    """absolute"""
+    typed_runs_dir: Path | None = None
+    """where another than the default was named, for commands to paste"""
     name: str | None = None
     concurrent: int | None = None
     gpus_per_trial: float | None = None
     max_seconds: float | None = None
     max_tokens: int | None = None
     max_gpu_hours: float | None = None
-    then_train: bool = False
+    then_train: RunConfig | None = None
+    """whose budgets the winner trains on when the search is done; None: it does not"""
     fresh: bool = False
     verbose: bool = False
     json: bool = False
@@ -68,6 +74,8 @@ class Sweep:
     """what its trials were predicted to take; None: nobody asks them"""
     memory_limit: int | None = None
     """bytes that each worker may take; None: whatever there is"""
+    typed_runs_dir: Path | None = None
+    """`SweepRequest.typed_runs_dir`"""
     shared_identity: dict[str, Any] = field(default_factory=dict)
     """what the identities of all trials have alike: the text and the tokenizer"""
 
@@ -97,7 +105,7 @@ def sweep_fields(base: RunConfig, settings: SweepSettings, data_hashes: tuple[st
     """Everything that decides what the sweep finds, flat."""
     values = settings.model_dump(mode="json")
     mine = {f"sweep.{name}": json.dumps(value) for name, value in values.items() if name != "space_name"}
-    return fingerprint_fields(base, data_hashes, initial_hash(base)) | mine
+    return fingerprint_fields(base, data_hashes, initial_hash(base), tuned_by(base)) | mine
 
 
 def fingerprint_of(fields: dict[str, Any]) -> str:
@@ -130,7 +138,7 @@ def refuse_another(name: str, folder: Path, fields: dict[str, Any]) -> None:
         return
     was = stored.get("fields", {})
     if fingerprint_of(was) != fingerprint_of(fields):
-        changed = "\n  ".join(_readable(line) for line in differences(was, fields) if not line.startswith(MAY_GROW))
+        changed = "\n  ".join(_changes(was, fields))
         raise ConfigError(
             f"sweep {name!r} exists with other settings (left: the sweep, right: this command):\n  {changed}\n"
             f"Give this one another --name, or --fresh to start {name}-2, or repeat the sweep's own settings to go on."
@@ -140,6 +148,25 @@ def refuse_another(name: str, folder: Path, fields: dict[str, Any]) -> None:
         raise ConfigError(
             f"sweep {name!r} has {trials} trials and cannot take some back: say --trials {trials} or more."
         )
+
+
+def _changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A line for each field that differs; of the space, for each path whose domain does."""
+    apart = _space_changes(was.get(SPACE), now.get(SPACE))
+    held = (MAY_GROW, *([SPACE] if apart else []))
+    return [_readable(line) for line in differences(was, now) if not line.startswith(held)] + apart
+
+
+def _space_changes(was: str | None, now: str | None) -> list[str]:
+    """`optim.lr: log 1e-05 .. 0.001 -> log 1e-05 .. 0.01`; none where the two are one, or one cannot be read."""
+    try:
+        old, new = (Space.from_json(json.loads(text or "")) for text in (was, now))
+    except (ValueError, ConfigError):
+        return []
+    if old == new:
+        return []
+    lines = [_readable(line) for line in differences(old.describe(), new.describe())]
+    return lines or ([f"the space's order: {', '.join(old)} -> {', '.join(new)}"] if [*old] != [*new] else [])
 
 
 def _readable(line: str) -> str:

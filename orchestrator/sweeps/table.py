@@ -14,7 +14,8 @@ from rich.text import Text
 from orchestrator.console import count, duration, out, print_json
 from orchestrator.display import Display
 from orchestrator.sweeps.axes import short_path
-from orchestrator.sweeps.desk import Running, TrialDesk, best_of
+from orchestrator.sweeps.closing import Running
+from orchestrator.sweeps.desk import TrialDesk, best_of
 from orchestrator.sweeps.history import History, Params, Trial
 from orchestrator.sweeps.report import facts, print_closing
 from orchestrator.sweeps.results import SweepResults

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,7 +20,8 @@ from orchestrator.tracker import Nested, OpeningStore, Tracker
 from trainers.claim import Claim
 from trainers.config import RunConfig
 from trainers.config_io import build_config, fingerprint, fingerprint_fields, read_yaml
-from trainers.context import GIVEN_UP, STOP_REQUEST, request_stop
+from trainers.context import STOP_REQUEST, request_stop
+from trainers.deepspeed_config import tuned_by
 from trainers.identity import read_identity, read_json
 from trainers.initial import initial_hash
 
@@ -71,28 +73,32 @@ class SeedTraining:
 def open_trial(
     sweep: Sweep, trial: Trial, opening: OpeningStore, parent_run_id: str, say: Callable[[str], None]
 ) -> list[SeedTraining]:
-    """A training for each seed of the trial, begun or gone on with. Raises ConfigError where the point makes no run."""
+    """A training for each seed of the trial, begun or gone on with.
+
+    Raises ConfigError where the point makes no run, StoreAway where MLflow does not answer; then nothing is held.
+    """
     settings = sweep.settings
     configs = [
         run_of(sweep.base, trial.params, settings, seed_index=index, micro_limit=sweep.micro_limit)
         for index in range(settings.seeds)
     ]
-    seeds = []
+    seeds: list[SeedTraining] = []
     names = seed_names(trial.number, settings.seeds, len(trial.lineage))
-    for index, (name, config) in enumerate(zip(names, configs, strict=True)):
-        start = initial_hash(config)
-        fields = fingerprint_fields(config, sweep.data_hashes, start)
-        experiment = _experiment(sweep, name, config, fingerprint(config, sweep.data_hashes, start), fields)
-        claim = Claim.acquire(experiment.run_dir, say=say)
-        (experiment.run_dir / STOP_REQUEST).unlink(missing_ok=True)
-        (experiment.run_dir / "logs").mkdir(exist_ok=True)
-        write_identity(experiment, total_steps=total_steps_of(config), **sweep.shared_identity)
-        nested = Nested(parent_run_id, tags_of(sweep, trial, name, index), is_new=claim.generation == 1)
-        tracker = Tracker(experiment, opening, say, nested)
-        tracker.open()
-        seeds.append(
-            SeedTraining(experiment, claim, tracker, _job(sweep, experiment, claim), settings.seeds, sweep.footprints)
-        )
+    with contextlib.ExitStack() as opened:
+        for index, (name, config) in enumerate(zip(names, configs, strict=True)):
+            what = (config, sweep.data_hashes, initial_hash(config), tuned_by(config))
+            experiment = _experiment(sweep, name, config, fingerprint(*what), fingerprint_fields(*what))
+            claim = opened.enter_context(Claim.acquire(experiment.run_dir, say=say))
+            (experiment.run_dir / STOP_REQUEST).unlink(missing_ok=True)
+            (experiment.run_dir / "logs").mkdir(exist_ok=True)
+            write_identity(experiment, total_steps=total_steps_of(config), **sweep.shared_identity)
+            nested = Nested(parent_run_id, tags_of(sweep, trial, name, index), is_new=claim.generation == 1)
+            tracker = Tracker(experiment, opening, say, nested)
+            tracker.open()
+            job = _job(sweep, experiment, claim)
+            seeds.append(SeedTraining(experiment, claim, tracker, job, settings.seeds, sweep.footprints))
+            opened.callback(seeds[-1].close, "user", None)
+        opened.pop_all()
     return seeds
 
 
@@ -100,18 +106,18 @@ def settle(
     sweep: Sweep, history: History, opening: OpeningStore, parent_run_id: str, say: Callable[[str], None]
 ) -> None:
     """Tell MLflow what a driver owed it when it was killed or the store was away: the ends of trials that are over, and
-    of what members of a population trained before they took over from another."""
+    of what members of a population trained before they took over from another. Raises StoreAway while it is away."""
     for name, reason, ending in _over(sweep, history):
         identity = read_identity(sweep.folder / name)
         if identity is None or "mlflow_run_id" not in identity or identity.get("mlflow_ended"):
             continue
         config = build_config(read_yaml(sweep.folder / name / "config.yaml"))
         experiment = _experiment(sweep, name, config, identity["fingerprint"], identity["fields"])
-        claim = Claim.acquire(experiment.run_dir, say=say)
-        tracker = Tracker(experiment, opening, say, Nested(parent_run_id, {}, is_new=False))
-        tracker.open()
-        SeedTraining(experiment, claim, tracker, {}, sweep.settings.seeds).close(reason, ending)
-        if reason in GIVEN_UP or ending is None:
+        with Claim.acquire(experiment.run_dir, say=say) as claim:
+            tracker = Tracker(experiment, opening, say, Nested(parent_run_id, {}, is_new=False))
+            tracker.open()
+            SeedTraining(experiment, claim, tracker, {}, sweep.settings.seeds).close(reason, ending)
+        if ending is None or reason != "completed":
             shutil.rmtree(experiment.run_dir / "checkpoints", ignore_errors=True)
 
 

@@ -4,17 +4,23 @@ what is stopped, it asks of us.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from orchestrator.sweeps.point import PointJob, PointRun
 
 TRIAL_RETRIES = 3  # of a trial whose process was killed
 TOGETHER_S = 10.0  # patience of a process with those that start beside it
+MESSAGE_CHARS = 300
+FAILURE = re.compile(r"^Failure # \d+ .*$", re.M)
+LOW_ON_MEMORY = re.compile(r"killed due to the node running low on memory")  # by Ray's memory monitor (ray 2.60)
 SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow and the journal are the record
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # signals are the driver's
@@ -26,7 +32,15 @@ SETTINGS = {
 
 
 class Later:
-    """There is nothing to train before one of those at work is done."""
+    """There is nothing to train for now: ask again."""
+
+
+@dataclass(frozen=True)
+class Died:
+    """A trial was given up because its process died too often."""
+
+    message: str
+    reason: Literal["oom", "error"] = "error"
 
 
 class Desk(Protocol):
@@ -40,8 +54,8 @@ class Desk(Protocol):
         """Take in what a trial said (`point.Said`); True: stop it."""
         ...
 
-    def over(self, number: int, result: dict[str, Any], error: str | None) -> None:
-        """A trial has ended. `result`: the last it said; `error`: its process died too often."""
+    def over(self, number: int, result: dict[str, Any], died: Died | None) -> None:
+        """A trial has ended. `result`: the last it said."""
         ...
 
 
@@ -61,11 +75,12 @@ def run_trials(
 
     if started_ahead:
         _take_started_processes()
-    tune.Tuner(
+    deaths: dict[int, Died] = {}
+    tuner = tune.Tuner(
         tune.with_resources(_actor(Together(storage / "started", slots)), tune.PlacementGroupFactory([resources])),
         tune_config=tune.TuneConfig(
-            search_alg=_asks(desk),
-            scheduler=_decides(desk),
+            search_alg=_asks(desk, deaths),
+            scheduler=_decides(desk, deaths),
             num_samples=points,
             max_concurrent_trials=slots,
             reuse_actors=True,
@@ -78,7 +93,9 @@ def run_trials(
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=TRIAL_RETRIES),
         ),
-    ).fit()
+    )
+    with starved_is_dead():
+        tuner.fit()
 
 
 def _take_started_processes() -> None:
@@ -90,6 +107,27 @@ def _take_started_processes() -> None:
 
     class_cache.DEFAULT_ENV_VARS = {}
     class_cache.ENV_VARS_TO_PROPAGATE = set()
+
+
+@contextlib.contextmanager
+def starved_is_dead() -> Iterator[None]:
+    """Inside, Tune treats an actor that Ray killed because its node ran low on memory like any other that died: by
+    itself it raises over the unknown error, which ends all trials (ray 2.60)."""
+    from ray.air.execution._internal.actor_manager import RayActorManager
+    from ray.exceptions import OutOfMemoryError, RayActorError
+
+    known = RayActorManager._actor_task_failed
+
+    def failed(self: Any, tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, OutOfMemoryError):
+            exception = RayActorError(error_msg=str(exception))
+        known(self, tracked_actor_task, exception)
+
+    RayActorManager._actor_task_failed = failed
+    try:
+        yield
+    finally:
+        RayActorManager._actor_task_failed = known
 
 
 def _name(trial: Any) -> str:
@@ -150,7 +188,7 @@ def _actor(together: Together) -> Any:
     return TrialActor
 
 
-def _asks(desk: Desk) -> Any:
+def _asks(desk: Desk, deaths: dict[int, Died]) -> Any:
     from ray.tune.search import Searcher
 
     class Asks(Searcher):
@@ -174,8 +212,8 @@ def _asks(desk: Desk) -> Any:
             return {"job": job}
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-            died = f"its process died {TRIAL_RETRIES + 1} times" if error else None
-            self._desk.over(self._numbers.pop(trial_id), result or {}, died)
+            number = self._numbers.pop(trial_id)
+            self._desk.over(number, result or {}, deaths.pop(number) if error else None)
 
         def save(self, checkpoint_path: str) -> None:
             """Nothing: the journal is the memory."""
@@ -186,7 +224,7 @@ def _asks(desk: Desk) -> Any:
     return Asks(desk)
 
 
-def _decides(desk: Desk) -> Any:
+def _decides(desk: Desk, deaths: dict[int, Died]) -> Any:
     from ray.tune.experiment import Trial
     from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
@@ -204,6 +242,10 @@ def _decides(desk: Desk) -> Any:
             stops = self._desk.said(trial.config["job"].number, result)
             return TrialScheduler.STOP if stops else TrialScheduler.CONTINUE
 
+        def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+            """At each death of its process, and after the last before the searcher hears of it, but not why."""
+            deaths[trial.config["job"].number] = death_of(Path(trial.error_file))
+
         def choose_trial_to_run(self, tune_controller: Any) -> Any:
             """The first of the few that live; FIFO would look through all that ever were, at every step of the loop."""
             waiting = [trial for trial in tune_controller.get_live_trials() if trial.status == Trial.PENDING]
@@ -217,3 +259,12 @@ def _decides(desk: Desk) -> Any:
             tune_controller._trials_to_cache.clear()
 
     return Decides(desk)
+
+
+def death_of(error_file: Path) -> Died:
+    """Why a process died, by what Tune wrote down: for each death a line "Failure # 2 ..." and the error's text."""
+    *_, words = FAILURE.split(error_file.read_text(encoding="utf-8", errors="replace"))
+    lines = [line.strip() for line in words.splitlines() if line.strip()] or ["nobody knows why"]
+    starved = next((line for line in lines if LOW_ON_MEMORY.search(line)), None)
+    said = (starved or lines[-1])[:MESSAGE_CHARS]
+    return Died(f"its process died {TRIAL_RETRIES + 1} times, at last: {said}", "oom" if starved else "error")

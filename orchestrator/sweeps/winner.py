@@ -1,16 +1,18 @@
-"""The winning command: what to type to train with the settings that a sweep found."""
+"""The winning command: what to type to use what a sweep found; how the weights of a population's winner came about."""
 
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.sweeps.history import Trial
+from orchestrator.sweeps.history import History, Params, Trial, seed_names
 from orchestrator.sweeps.trials import run_of
 from trainers.config import EXCLUSIVE, RunConfig
 from trainers.config_io import build_config
+from trainers.errors import ConfigError
 from trainers.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -21,10 +23,54 @@ CADENCE = ("seed", "evaluation", "early_stopping", "checkpoint", "samples")
 
 
 def command_of(sweep: Sweep, trial: Trial) -> str:
-    """`orchestrate train` with the trial's settings and the sweep's budget, ready to paste."""
+    """`orchestrate train` with the trial's settings and the sweep's budget, ready to paste.
+
+    Of a population `orchestrate generate` with the weights that won: no training with the last settings makes them.
+    """
+    where = [] if sweep.typed_runs_dir is None else ["--runs-dir", str(sweep.typed_runs_dir)]
+    if sweep.settings.scheduler == "pbt":
+        return shlex.join(["orchestrate", "generate", weights_of(sweep, trial), *where])
     preset = sweep.base.preset
     target = preset if preset in PRESETS else str(sweep.folder / "config.yaml")
-    return shlex.join(["orchestrate", "train", target, *overrides_of(sweep, trial)])
+    return shlex.join(["orchestrate", "train", target, *overrides_of(sweep, trial), *where])
+
+
+def weights_of(sweep: Sweep, trial: Trial) -> str:
+    """The run with a member's weights, as generate, evaluate and --init-from take it."""
+    return f"{sweep.name}/{seed_names(trial.number, 1, len(trial.lineage))[0]}"
+
+
+def lineage_of(sweep: Sweep, history: History, trial: Trial) -> str:
+    """How a member's weights came about, in words."""
+    legs = [
+        f"{name}{f' from {tokens:,} tokens' if tokens else ''} with "
+        + ", ".join(f"{path}={value}" for path, value in params.items())
+        for tokens, name, params in course_of(history, trial)
+    ]
+    return (
+        f"Trained as {', then '.join(legs)}. {weights_of(sweep, trial)} has the weights, for generate or --init-from: "
+        "the last settings alone would not make them again."
+    )
+
+
+def course_of(history: History, trial: Trial, until: float = math.inf) -> list[tuple[int, str, Params]]:
+    """(from tokens, member, settings) for each stretch of the training that made the weights which a member had at
+    `until`, through those that it took them from."""
+    taken = [exploit for exploit in trial.lineage if exploit.tokens < until]
+    if not taken:
+        return [(0, trial.name, trial.began)]
+    last = taken[-1]
+    before = course_of(history, history.trials[last.parent], last.tokens)
+    return [*before, (last.tokens, trial.name, last.params)]
+
+
+def check_can_train(scheduler: str) -> None:
+    """ConfigError where no training from scratch is what won (--then-train)."""
+    if scheduler == "pbt":
+        raise ConfigError(
+            "--then-train trains from scratch with the winner's settings, and what wins with scheduler=pbt are weights "
+            "that were trained while these changed: leave it out, and use those weights."
+        )
 
 
 def overrides_of(sweep: Sweep, trial: Trial) -> list[str]:

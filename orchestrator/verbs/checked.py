@@ -5,11 +5,12 @@ Nothing is started and no data is opened.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from orchestrator.target import Target
     from trainers.config import RunConfig
 
+Options = TypeVar("Options")
 NO_RUNS_HERE = Path(os.devnull) / "runs"  # the runs folder is the cluster's: no run of this machine is meant
 
 
@@ -67,22 +69,25 @@ def check(command: list[str]) -> Checked:
             "the full path of a folder on a disk that every node of the cluster sees."
         )
     parameters["runs_dir"] = parameters["runs_dir"] if named else NO_RUNS_HERE
-    target = _check_target(parameters) if "settings" in parameters else None
+    target = _check_target(name, parameters) if "settings" in parameters else None
     files = CHECKS[name](parameters, target.config) if target is not None and name in CHECKS else ()
     return Checked(tuple(argv), target, files, source is not None and not named)
 
 
-def _check_target(parameters: Mapping[str, Any]) -> Target:
+def _check_target(verb: str, parameters: Mapping[str, Any]) -> Target:
     """The configuration that the command means, as `orchestrate show` builds it."""
     from orchestrator.experiment import confined
     from orchestrator.runs import is_run, suggestion
     from orchestrator.target import split
     from trainers.presets import PRESETS
 
-    # --init-from names a run of the cluster, which cannot be seen from here.
-    given = {option.name: parameters[option.name] for option in fields(TargetOptions)}
-    options = replace(TargetOptions(**given), init_from=None)
-    label, _ = split(list(options.settings or ()))
+    options = _given(parameters, TargetOptions)
+    if verb == "bench":  # several, of its cells
+        options = replace(options, precision=None)
+    label, typed = split(list(options.settings or ()))
+    if options.init_from is not None:  # a run of the cluster, which cannot be seen from here
+        there = f"init_from={json.dumps(options.init_from)}"
+        options = replace(options, init_from=None, settings=[label, *typed, there])
     if label not in PRESETS and not os.path.isfile(label) and not is_run(options.runs_dir / label):
         raise UserError(
             f"{label[:60]!r} is no preset and no file of the working directory.{suggestion(label, sorted(PRESETS))} "
@@ -93,17 +98,63 @@ def _check_target(parameters: Mapping[str, Any]) -> Target:
     return options.resolve()
 
 
-def _check_space(parameters: Mapping[str, Any], config: RunConfig) -> tuple[str, ...]:
-    """The space that a sweep searches. What the cluster computes on is not known here: a GPU can do the most."""
-    from orchestrator.verbs import sweeps
+def _given(parameters: Mapping[str, Any], noun: type[Options]) -> Options:
+    return noun(**{option.name: parameters[option.name] for option in fields(noun)})  # type: ignore[arg-type]
+
+
+def _check_sweep(parameters: Mapping[str, Any], config: RunConfig) -> tuple[str, ...]:
+    """The space that a sweep searches, and how. What the cluster computes on and has installed is not known here: a GPU
+    can do the most."""
+    from orchestrator.verbs.sweeps import LimitOptions, SearchOptions, SpaceOptions, sought
 
     device = "cuda" if config.device == "auto" else config.device
-    named = parameters["space"]
-    sweeps.space_of(config, named, list(parameters["set_space"] or ()), device)
+    searched = _given(parameters, SpaceOptions)
+    limits = _given(parameters, LimitOptions)
+    limits.request(NO_RUNS_HERE, config)
+    search = _given(parameters, SearchOptions)
+    sought(config, searched, search, device, then_train=limits.then_train, packages=False)
+    named = searched.space
     return (named,) if named is not None and os.path.isfile(named) else ()
 
 
-CHECKS: dict[str, Callable[[Mapping[str, Any], RunConfig], tuple[str, ...]]] = {"tune": _check_space}
+def _check_find_lr(parameters: Mapping[str, Any], config: RunConfig) -> tuple[str, ...]:
+    from trainers.lr_curve import geometric
+
+    geometric(parameters["low"], parameters["high"], parameters["steps"])
+    return ()
+
+
+def _check_find_batch(parameters: Mapping[str, Any], config: RunConfig) -> tuple[str, ...]:
+    from orchestrator.batch_findings import BatchQuestion
+
+    _check_memory_limit(parameters)
+    BatchQuestion(parameters["memory_limit"], parameters["most"], parameters["steps"]).check()
+    return ()
+
+
+def _check_bench(parameters: Mapping[str, Any], config: RunConfig) -> tuple[str, ...]:
+    from orchestrator.bench import BenchQuestion
+    from orchestrator.memory_plan import rows_of
+
+    _check_memory_limit(parameters)
+    names = None if parameters["precision"] is None else tuple(parameters["precision"].split(","))
+    BenchQuestion(rows_of(parameters["batch"]), names, steps=parameters["steps"]).check()
+    return ()
+
+
+def _check_memory_limit(parameters: Mapping[str, Any]) -> None:
+    from orchestrator.memory_limit import parse_size
+
+    if parameters["memory_limit"] is not None:
+        parse_size(parameters["memory_limit"], "--memory-limit")
+
+
+CHECKS: dict[str, Callable[[Mapping[str, Any], RunConfig], tuple[str, ...]]] = {
+    "tune": _check_sweep,
+    "find-lr": _check_find_lr,
+    "find-batch": _check_find_batch,
+    "bench": _check_bench,
+}
 """verb -> what it means besides its target, checked; returns the files that this reads"""
 
 

@@ -66,6 +66,7 @@ def submit(
     [bold]Examples[/bold]
 
       orchestrate submit --address http://HOST:8265 -- train codelm/tiny --name a --runs-dir /shared/runs
+      orchestrate submit --address http://HOST:8265 -- tune codelm/tiny --space lr --name b --runs-dir /shared/runs
       orchestrate submit --address http://HOST:8265 --submission-id ID          (follow that job again)
       orchestrate submit --address http://HOST:8265 --submission-id ID --stop
 

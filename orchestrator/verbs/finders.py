@@ -147,6 +147,5 @@ def _typed(target: options.TargetOptions) -> Typed:
     from orchestrator.finders import Typed
     from orchestrator.target import split
 
-    named = None if target.runs_dir == options.DEFAULT_RUNS else target.runs_dir
     settings = split(list(target.settings or ()))[1]
-    return Typed(target.resolve(), tuple(settings), target.flags(), named)
+    return Typed(target.resolve(), tuple(settings), target.flags(), target.typed_runs_dir)

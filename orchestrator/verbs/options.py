@@ -68,7 +68,8 @@ Precision = Annotated[
     typer.Option(
         "--precision",
         metavar="fp32|fp16|bf16|int8|int4",
-        help="What it computes in and keeps its numbers in.",
+        help="What it computes in and keeps its numbers in. int4 trains adapters over the frozen weights of a run: it "
+        "needs --init-from.",
         show_default="the preset's",
     ),
 ]
@@ -114,6 +115,11 @@ class TargetOptions:
             device=self.device,
             init_from=self.init_from,
         )
+
+    @property
+    def typed_runs_dir(self) -> Path | None:
+        """The runs folder where another than the default was named, for commands to paste."""
+        return None if self.runs_dir == DEFAULT_RUNS else self.runs_dir
 
     def resolve(self) -> Target:
         """The one configuration that all of it means. Raises UserError."""

@@ -60,9 +60,13 @@ class SearchOptions:
         ),
     ] = "tpe"
     scheduler: Annotated[
-        Literal["none", "asha", "hyperband", "median", "pbt"],
-        typer.Option("--scheduler", help="Who stops bad trials early (pbt: who changes them as they train)."),
-    ] = "asha"
+        Literal["none", "asha", "hyperband", "median", "pbt"] | None,
+        typer.Option(
+            "--scheduler",
+            help="Who stops bad trials early (pbt: who changes them as they train).",
+            show_default="asha; none where shares of phases are searched",
+        ),
+    ] = None
     seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Trainings of each point: noise bars.")] = 1
     objective: Annotated[
         list[str] | None,
@@ -97,13 +101,16 @@ class SearchOptions:
 
     def draft(self, space: Space, space_name: str) -> dict[str, Any]:
         """The settings of the sweep, without what the text says. Raises UserError."""
+        from orchestrator.sweeps.rules import default_scheduler
+        from orchestrator.sweeps.searchers import grid_cells
+
         if self.trials is not None:
             _refuse_below_1("trials", self.trials)
-        cells = grid_size(space, self.grid_points) if self.searcher == "grid" else DEFAULT_TRIALS
+        cells = grid_cells(space, self.grid_points) if self.searcher == "grid" else DEFAULT_TRIALS
         return {
             "space_name": space_name,
             "searcher": self.searcher,
-            "scheduler": self.scheduler,
+            "scheduler": self.scheduler or default_scheduler(space),
             "trials": self.trials or cells,
             "grid_points": self.grid_points,
             "seeds": self.seeds,
@@ -162,14 +169,14 @@ class LimitOptions:
         ),
     ] = None
     then_train: Annotated[
-        bool, typer.Option("--then-train", help="Train the winner at the preset's full budget afterwards.")
+        bool, typer.Option("--then-train", help="Train the winner at the preset's or file's own budget afterwards.")
     ] = False
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew as NAME-2 beside a sweep of that name.")] = False
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Ray's own log lines too.")] = False
     json: options.Json = False
 
-    def request(self, runs_dir: Path) -> SweepRequest:
-        """What they ask for in that folder. Raises UserError."""
+    def request(self, runs_dir: Path, own: RunConfig, typed_runs_dir: Path | None = None) -> SweepRequest:
+        """What they ask for in that folder. `own`: the target before the command line's settings. Raises UserError."""
         from orchestrator.experiment import confined
         from orchestrator.memory_limit import parse_size
         from orchestrator.sweeps.sweep import SweepRequest
@@ -185,13 +192,14 @@ class LimitOptions:
                 raise UserError(f"--{option} must be above 0, got {amount:g}.")
         return SweepRequest(
             runs_dir=runs_dir,
+            typed_runs_dir=typed_runs_dir,
             name=self.name,
             concurrent=self.concurrent,
             gpus_per_trial=self.gpus_per_trial,
             max_seconds=None if self.max_time is None else seconds_of(self.max_time),
             max_tokens=self.max_tokens,
             max_gpu_hours=self.max_gpu_hours,
-            then_train=self.then_train,
+            then_train=own if self.then_train else None,
             fresh=self.fresh,
             verbose=self.verbose,
             json=self.json,
@@ -224,26 +232,48 @@ def tune(
     phase_lengths. Exit codes: 0 done, 2 bad input, 3 no trial could train, 75 stopped and resumable.
     """
     from orchestrator.runs import check_runs_dir
-    from orchestrator.sweeps.population import check_population
-    from orchestrator.sweeps.settings import build_settings
     from orchestrator.sweeps.slots import check_fits_here, device_of
 
     chosen = target.resolve()
-    request = limits.request(target.runs_dir.absolute())
+    request = limits.request(target.runs_dir.absolute(), chosen.loaded or chosen.config, target.typed_runs_dir)
     device = device_of(chosen.config, request)
-    space, space_name, taken_out = space_of(chosen.config, searched.space, searched.set_space or [], device)
-    draft = search.draft(space, space_name)
-    # What can be told to be wrong without the text is said before it is read.
-    settings = build_settings(draft, space.to_json(), tokens=10**18)
-    if settings.scheduler == "pbt":
-        check_population(space, settings, chosen.config.workers)
-    check_fits_here(chosen.config.workers, settings.cpus_per_trial)
+    space, draft, taken_out = sought(chosen.config, searched, search, device, then_train=limits.then_train)
+    check_fits_here(chosen.config.workers, search.cpus_per_trial)
     if not dry_run:
         check_runs_dir(request.runs_dir)
     from orchestrator.sweeps import driver, rehearsal
 
     run = rehearsal.rehearse if dry_run else driver.tune
     return run(chosen.config, draft, space, device, request, taken_out)
+
+
+def sought(
+    config: RunConfig,
+    searched: SpaceOptions,
+    search: SearchOptions,
+    device: Any,
+    *,
+    then_train: bool = False,
+    packages: bool = True,
+) -> tuple[Space, dict[str, Any], tuple[tuple[str, str], ...]]:
+    """The space, the settings without what the text says, and the cells taken out with their reasons.
+
+    Raises UserError for all that can be told to be wrong without the text; `packages` as for `search_spaces.check`.
+    """
+    from orchestrator.sweeps.population import check_population
+    from orchestrator.sweeps.rules import check_rule
+    from orchestrator.sweeps.settings import build_settings
+    from orchestrator.sweeps.winner import check_can_train
+
+    space, name, taken_out = space_of(config, searched.space, searched.set_space or [], device, packages=packages)
+    draft = search.draft(space, name)
+    settings = build_settings(draft, space.to_json(), tokens=10**18)
+    check_rule(space, settings.scheduler)
+    if settings.scheduler == "pbt":
+        check_population(space, settings, config.workers)
+    if then_train:
+        check_can_train(settings.scheduler)
+    return space, draft, taken_out
 
 
 def _refuse_below_1(option: str, count: int) -> None:
@@ -254,7 +284,7 @@ def _refuse_below_1(option: str, count: int) -> None:
 
 
 def space_of(
-    config: RunConfig, named: str | None, typed: list[str], device: Any
+    config: RunConfig, named: str | None, typed: list[str], device: Any, *, packages: bool = True
 ) -> tuple[Space, str, tuple[tuple[str, str], ...]]:
     """The space that --space and --set-space mean, checked; its name; the cells taken out with their reasons."""
     from search_spaces.catalog import catalogued
@@ -274,7 +304,7 @@ def space_of(
         taken_out = tuple((each.cell, each.reason) for each in entry.taken_out)
     for text in typed:
         found = found.with_axis(parse_assignment(text))
-    check(found, config, device)
+    check(found, config, device, packages=packages)
     return found, name, taken_out
 
 
@@ -300,13 +330,6 @@ def _objective(text: str) -> dict[str, str]:
     metric, _, mode = text.partition(":")
     higher = metric in ("val/accuracy", "perf/tokens_per_s")
     return {"metric": metric, "mode": mode or ("max" if higher else "min")}
-
-
-def grid_size(space: Space, points: int) -> int:
-    """Cells of the grid, up to a limit that no sweep trains."""
-    from itertools import islice
-
-    return max(1, sum(1 for _ in islice(space.grid(points), 100_000)))
 
 
 def seconds_of(text: str) -> float:

@@ -57,6 +57,9 @@ def train(
       orchestrate train fundamentallm/small --data book.txt budget.epochs=3
       orchestrate train codelm/tiny optim.lr=1e-3 batch.sequences=16
       orchestrate train mine.yaml --workers 2 --precision bf16
+      orchestrate train codelm/tiny --precision int8 --on-oom shrink
+      orchestrate train first-run --name tuned --precision int4 --init-from first-run --data notes.txt
+      orchestrate train codelm/tiny --workers 2 engine=deepspeed deepspeed.zero_stage=3   (or parallel=fsdp)
       orchestrate train first-run                    (goes on with it)
       orchestrate train first-run budget.epochs=+1   (a finished run: longer)
 

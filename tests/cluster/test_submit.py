@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shlex
@@ -24,7 +25,12 @@ from cluster.parcel import Parcel
 from cluster.submit import Job, checked_address
 from orchestrator.cli import BAD_INPUT, main
 from orchestrator.verbs.checked import check
+from orchestrator.verbs.cluster import submit
+from search_spaces import precisions
+from trainers.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[2]
+SENT = "orchestrate submit --address"
 NOBODY = "http://127.0.0.1:1"
 SPACE = "optim.lr: log(1e-5, 1e-3)\n"
 
@@ -74,6 +80,23 @@ BAD = {
     "a sweep's target": (["--", "tune", "codelm/tny"], "codelm/tiny"),
     "a sweep's space": (["--", "tune", "codelm/tiny", "--space", "lrr"], "lrr"),
     "an axis": (["--", "tune", "codelm/tiny", "--set-space", "optim.lrr=log(1e-5,1e-3)"], "optim.lrr"),
+    "trials of a sweep": (["--", "tune", "codelm/tiny", "--trials=0"], "--trials must be at least 1"),
+    "seeds of a sweep": (["--", "tune", "codelm/tiny", "--seeds", "0"], "--seeds"),
+    "an objective": (["--", "tune", "codelm/tiny", "--objective", "val/f1"], "never reported"),
+    "a population of three": (["--", "tune", "codelm/tiny", "--scheduler", "pbt", "--trials", "3"], "at least 4"),
+    "losses of two texts": (
+        ["--", "tune", "fundamentallm/two-phase", "--space", "phase_lengths", "--scheduler", "asha"],
+        "say --scheduler none",
+    ),
+    "time of a sweep": (["--", "tune", "codelm/tiny", "--max-time", "soon"], "--max-time is a time"),
+    "memory of a sweep": (["--", "tune", "codelm/tiny", "--memory-limit", "4"], "--memory-limit"),
+    "nobody at a time": (["--", "tune", "codelm/tiny", "--concurrent", "0"], "--concurrent"),
+    "int4 from nothing": (["--", "tune", "codelm/tiny", "--set-space", "precision=[bf16,int4]"], "--init-from"),
+    "a range upside down": (["--", "find-lr", "codelm/tiny", "--from", "1", "--to", "0.1"], "Did you mean"),
+    "rows of none": (["--", "find-batch", "codelm/tiny", "--max", "0"], "--max 0"),
+    "memory of a batch": (["--", "find-batch", "codelm/tiny", "--memory-limit", "lots"], "--memory-limit"),
+    "a precision of several": (["--", "bench", "codelm/tiny", "--precision", "fp32,fp8"], "fp8"),
+    "a batch of none": (["--", "bench", "codelm/tiny", "--batch", "8,0"], "--batch"),
     "a space that stays here": (["--", "tune", "codelm/tiny", "--space", "ignored.space"], "ignored.space is not sent"),
     "an argument too few": (["--", "generate"], "RUN"),
     "itself": (["--", "submit", "--", "train"], "another"),
@@ -110,6 +133,50 @@ GOOD = {
     "text that is sent": ["train", "--data", "small.txt"],
     "text by its full path": ["train", "--data", "/shared/corpus"],
     "a run of the cluster to start from": ["train", "--init-from", "first-run"],
+    "int4 from a run of the cluster": ["train", "codelm/tiny", "--init-from", "first-run", "--precision", "int4"],
+    "a sweep from a run of the cluster": [
+        "tune",
+        "codelm/tiny",
+        "--init-from",
+        "first-run",
+        "--set-space",
+        "precision=[bf16,int4]",
+    ],
+    "a sweep with all it can have": [
+        "tune",
+        "codelm/tiny",
+        "--space",
+        "lr_batch",
+        "--trials",
+        "4",
+        "--searcher",
+        "random",
+        "--scheduler",
+        "median",
+        "--seeds",
+        "3",
+        "--max-time",
+        "1h30m",
+        "--max-tokens",
+        "1000000",
+        "--memory-limit",
+        "4GiB",
+        "--grace",
+        "1000",
+        "--gpus-per-trial",
+        "0.25",
+        "--concurrent",
+        "2",
+        "--cpus-per-trial",
+        "64",
+        "--then-train",
+        "--name",
+        "s",
+    ],
+    "a population": ["tune", "codelm/tiny", "--scheduler", "pbt", "--searcher", "random", "--trials", "4"],
+    "a range": ["find-lr", "codelm/tiny", "--from", "1e-5", "--to", "1"],
+    "a micro-batch": ["find-batch", "codelm/tiny", "--max", "8", "--memory-limit", "2GiB"],
+    "several precisions": ["bench", "codelm/tiny", "--batch", "4,8", "--precision", "fp32,bf16"],
     "no target": ["runs", "--json"],
     "a run of the cluster": ["status", "first-run"],
     "runs on a disk": ["train", "--runs-dir", "/shared/runs"],
@@ -121,6 +188,36 @@ def test_good_input_is_not_refused(case: str, capsys: pytest.CaptureFixture[str]
     """The negative control of the table above: it comes as far as the cluster, which is not there."""
     assert main(["submit", "--address", NOBODY, "--", *GOOD[case]]) == BAD_INPUT
     assert f"nothing answers at {NOBODY}" in capsys.readouterr().err
+
+
+def test_what_is_not_installed_here_may_be_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A laptop without bitsandbytes sends a sweep over int8, and refuses it to itself."""
+    monkeypatch.setattr(precisions, "find_spec", lambda name: None)
+    sweep = [
+        "tune",
+        "codelm/tiny",
+        "--device",
+        "cuda",
+        "--set-space",
+        "precision=[bf16,int8]",
+        "--runs-dir",
+        "/nowhere",
+    ]
+    assert main(["submit", "--address", NOBODY, "--", *sweep]) == BAD_INPUT
+    assert f"nothing answers at {NOBODY}" in capsys.readouterr().err
+    assert main(sweep) == BAD_INPUT
+    assert "pip install bitsandbytes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["the page", "--help"])
+def test_the_examples_are_commands_that_can_be_sent(place: str) -> None:
+    page = (ROOT / "docs" / "cluster.md").read_text() if place == "the page" else inspect.getdoc(submit) or ""
+    sent = [shlex.split(line.partition(" -- ")[2]) for line in page.splitlines() if SENT in line and " -- " in line]
+    assert {"train", "tune"} <= {check(command).verb for command in sent}
+    with pytest.raises(UserError):  # the control
+        check([*sent[0], "--trails", "4"])
 
 
 def test_text_by_its_full_path_may_lie_anywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.tracking import Store, open_store
 from tests.orchestrator.faults import Place, undisturbed
+from tests.orchestrator.store_server import Server, serving
 from tests.orchestrator.sweep_episodes import SweepLeft, SweepPlace, undisturbed_sweep
 from tests.trainers.crash import Ending
 
@@ -85,3 +86,20 @@ def store(empty_store: Path, tmp_path: Path, no_store_named: None) -> Store:
     """An empty store in `tmp_path`."""
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     return open_store(tmp_path)
+
+
+@pytest.fixture
+def server(
+    empty_store: Path, tmp_path: Path, no_store_named: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Server]:
+    """A tracking server over an empty store in `tmp_path`, named as the store; it can be told to fail."""
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    monkeypatch.setenv("_MLFLOW_SERVER_FILE_STORE", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("_MLFLOW_SERVER_ARTIFACT_ROOT", str(tmp_path / "mlartifacts"))
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    from mlflow.server import app, handlers
+
+    monkeypatch.setattr(handlers, "_tracking_store", None)
+    with serving(app.wsgi_app) as (server, address):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        yield server

@@ -28,9 +28,10 @@ from tests.trainers.crash import Ending as Left
 from tests.trainers.crash import ending
 from tests.trainers.small_runs import config_for, write_text
 from trainers.claim import Claim, Guard
+from trainers.config import RunConfig
 from trainers.context import request_stop
 
-STEPS, EVALUATIONS = 12, 4
+EVALUATIONS = 4
 RATES = Space((Axis("optim.lr", Float(1e-4, 3e-2, log=True)),))
 
 
@@ -58,12 +59,16 @@ class Seed:
 class Inline:
     """One sweep in a folder; `play` takes it to its end from wherever it stands, as often as it is cut."""
 
-    def __init__(self, folder: Path, space: Space = RATES, *, slots: int = 1, **settings: Any):
+    def __init__(
+        self, folder: Path, space: Space = RATES, *, slots: int = 1, base: RunConfig | None = None, **settings: Any
+    ):
+        """`base`: one phase whose budget is in steps; else a dozen steps on a few hundred characters."""
         folder.mkdir(parents=True, exist_ok=True)
-        base = config_for(write_text(folder), logging={"every_steps": 1})
-        self.base = in_tokens(base, [STEPS * base.tokens_per_step])
+        base = base or config_for(write_text(folder), logging={"every_steps": 1})
+        assert base.budget is not None and base.budget.steps is not None
+        tokens = base.budget.steps * base.tokens_per_step
+        self.base = in_tokens(base, [tokens])
         self.folder, self.space, self.slots = folder / "sweep", space, slots
-        tokens = STEPS * base.tokens_per_step
         values = {"trials": 4, "searcher": "random", "scheduler": "none", "evaluations": EVALUATIONS} | settings
         self.settings = SweepSettings.model_validate({"space": space.to_json(), "tokens": tokens, **values})
         self.sweep = Sweep("sweep", self.folder, folder, self.base, self.settings, space, {}, (), "cpu")

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 
+from orchestrator.sweeps.history import PENALTY
 from orchestrator.sweeps.results import PointResult, SweepResults, TrialResult
 from orchestrator.sweeps.settings import Objective
 
@@ -45,7 +46,7 @@ def _trial(
     full = precision == "fp32"
     evaluations = range(EVERY, rung + 1, EVERY)
     curve = tuple((at, 1.6 + 0.6 * miss**2 + 4 * (at / EVERY + 1) ** -1.4 + noise) for at in evaluations)
-    told = {"nonfinite": (1e6,), "running": ()}.get(state, (curve[-1][1],))
+    told = {"nonfinite": (PENALTY,), "running": ()}.get(state, (curve[-1][1],))
     return TrialResult(
         name=f"t{number:04d}" + (f"-s{index}" if seeds > 1 else ""), point=number, seed_index=index, state=state,
         params=params, config={"optim.lr": str(params.get("optim.lr", 1e-3)), "batch.sequences": str(batch)},

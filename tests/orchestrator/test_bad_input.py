@@ -13,8 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +21,19 @@ import pytest
 
 from orchestrator import launch
 from orchestrator.cli import BAD_INPUT, DONE, STOPPED, main
+from tests.orchestrator.refusals import TEXT, ReachedRay, refused, without_ray
 from trainers.config_io import build_config, dump_yaml, fingerprint, fingerprint_fields, override
 from trainers.data.prepare import data_hashes
 from trainers.presets import PRESETS
 
 PROJECT = Path(__file__).parents[2]
-TEXT = "It was a bright cold day in April, and the clocks were striking thirteen.\n" * 200
 TINY = ["train", "fundamentallm/tiny", "--data"]
 Setup = Callable[[Path], object]
 
 
-class ReachedRay(BaseException):
-    """Raised where the driver would start Ray: the input was taken."""
-
-
 @pytest.fixture(autouse=True)
-def without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of its own with a good text, and a driver that ends where Ray would start."""
-
-    @contextmanager
-    def reached(*_: Any, **__: Any) -> Iterator[None]:
-        raise ReachedRay
-        yield
-
-    monkeypatch.setattr(launch, "ray_cluster", reached)
-    monkeypatch.chdir(tmp_path)
-    for name in ("ORCHESTRATE_RUNS", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
-    (tmp_path / "text.txt").write_text(TEXT)
+def before_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ray(launch, tmp_path, monkeypatch)
 
 
 def half_made(folder: Path) -> list[str]:
@@ -57,14 +41,6 @@ def half_made(folder: Path) -> list[str]:
     whole = {"tokenizers", "packed", "hashes"}
     files = [path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()]
     return [str(f) for f in files if f.parts[:1] != (".cache",) or f.parts[1] not in whole or ".tmp-" in str(f)]
-
-
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one message that `arguments` get."""
-    assert main(arguments) == BAD_INPUT
-    err = capsys.readouterr().err
-    assert err.count("error: ") == 1 and "Traceback" not in err
-    return err
 
 
 def bytes_in(name: str, content: bytes) -> Setup:

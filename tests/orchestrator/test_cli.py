@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -197,6 +198,18 @@ def test_the_probe_sees_what_is_heavy() -> None:
     assert "torch" in heavy_after(["plan", "fundamentallm/tiny", "--data", "text.txt", "--json"])
 
 
+def test_what_a_training_may_be_told_is_found_where_a_person_looks() -> None:
+    told = run("train", "--help").stdout
+    page = (PROJECT / "README.md").read_text()
+    for words in ("--precision int8", "--precision int4", "engine=deepspeed", "parallel=fsdp", "--on-oom shrink"):
+        assert words in " ".join(told.split()), words
+    for words in ("int8", "int4", "engine=deepspeed", "parallel=fsdp", "--on-oom", "--init-from"):
+        assert words in page, words
+    for linked in (PROJECT / "docs").glob("*.md"):
+        assert f"(docs/{linked.name})" in page, f"README.md does not lead to {linked.name}"
+    assert all((PROJECT / target).exists() for target in re.findall(r"\]\(([\w./]+)\)", page))
+
+
 def test_help_lists_every_verb_and_version_is_one_line() -> None:
     done = run("--help")
     assert done.returncode == DONE
@@ -263,6 +276,12 @@ def test_data_is_absolute_and_replaces_the_text_of_every_phase(capsys: pytest.Ca
         assert [source.corpus for source in phase.data.sources] == expected
     untouched = build_config(shown(capsys, "fundamentallm/two-phase"))
     assert [source.corpus for source in untouched.resolved_phases()[0].data.sources] != expected
+
+
+def test_a_ds_config_is_found_from_wherever_the_run_is_continued(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("ds.json").write_text("{}")
+    shows = shown(capsys, "fundamentallm/tiny", "engine=deepspeed", "deepspeed.config=ds.json")["deepspeed"]
+    assert isinstance(shows, dict) and shows["config"] == str(Path("ds.json").absolute())
 
 
 def test_flags_are_short_for_paths(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,17 +13,19 @@ from typing import Any
 
 import pytest
 
-from orchestrator.sweeps import desk as desks
+from orchestrator.sweeps import closing
 from orchestrator.sweeps.desk import TrialDesk
 from orchestrator.sweeps.history import PENALTY, Ending, History, Trial
 from orchestrator.sweeps.journal import JOURNAL, read_history
 from orchestrator.sweeps.point import PointRun
+from orchestrator.sweeps.tuning import Died
 from search_spaces.space import Axis, Choice, Space
 from tests.orchestrator.histories import same_history
-from tests.orchestrator.inline_sweeps import EVALUATIONS, Cut, Inline, play_with_cuts
+from tests.orchestrator.inline_sweeps import EVALUATIONS, RATES, Cut, Inline, play_with_cuts
 from trainers.errors import ConfigError
 
 HOPELESS = Space((Axis("optim.lr", Choice((1e-2, 2e-2, 1e-8, 2e-8))),))
+HOPEFUL = Space((Axis("optim.lr", Choice((1e-2, 2e-2))),))
 DIVERGING = Space((Axis("optim.lr", Choice((1e-2, 1e30))),))
 
 
@@ -185,12 +187,12 @@ def test_a_trial_whose_process_died_too_often_is_an_error(tmp_path: Path) -> Non
         if sweep.events == 1:
             [(number, run)] = sweep._runs
             sweep._runs.clear()
-            desk.over(number, {}, "its process died 4 times")
+            desk.over(number, {}, Died("its process died 4 times"))
             assert run.end()
 
     began = time.monotonic()
     desk = sweep.play(then=die)
-    assert time.monotonic() - began < desks.LAST_WORDS_S / 2  # nobody waits for the last words of the dead
+    assert time.monotonic() - began < closing.LAST_WORDS_S / 2  # nobody waits for the last words of the dead
     assert [ending.reason for ending in endings(desk.history)] == ["error", "completed"]
     assert "died" in endings(desk.history)[0].message
 
@@ -205,7 +207,7 @@ def test_stopped_in_order_it_goes_on_as_if_nothing_had_been(reason: Any, seeds: 
     sweep = Inline(tmp_path / "stopped", trials=2, seeds=seeds)
     began = time.monotonic()
     desk = sweep.play(then=lambda desk: desk.close(reason))
-    assert time.monotonic() - began < desks.LAST_WORDS_S / 2
+    assert time.monotonic() - began < closing.LAST_WORDS_S / 2
     assert not endings(desk.history) and len(desk.history.trials) == 1
     assert {each for _, each, _ in sweep.closed} == {reason} and len(sweep.closed) == seeds
     assert desk.history.trials[0].train_s > 0
@@ -277,6 +279,81 @@ def test_a_verdict_stands_whatever_is_killed_before_it_is_carried_out(remembered
     if remembered:
         assert again.closed[0][:2] == ("t0002", "asha")
         assert not (again.folder / "t0002" / "checkpoints").exists()
+
+
+LATER = Space((Axis("optim.lr", Choice((1e4, 1e-2))),))
+"""the first diverges, but not in the first turn of its seeds"""
+
+
+@pytest.mark.parametrize("swept", [True, False], ids=["as it is", "control"])
+def test_of_what_ended_only_the_best_keeps_its_checkpoints(
+    swept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of the seeds of a point that diverged after they had saved, and where a kill came before the closing."""
+    if not swept:
+        monkeypatch.setattr(closing, "drop_checkpoints", lambda folders: None)
+    sweep = Diverging(tmp_path, LATER, searcher="grid", scheduler="asha", trials=2, seeds=3)
+    desk = sweep.play()
+    assert [ending.reason for ending in endings(desk.history)] == ["nonfinite", "completed"]
+    assert sweep.saved >= {f"t0000-s{seed}" for seed in range(3)}, "the diverging seeds had nothing to give back"
+    kept = {path.parent.name for path in sweep.folder.glob("t*/checkpoints")}
+    assert (kept == {f"t0001-s{seed}" for seed in range(3)}) is swept
+
+
+class Diverging(Inline):
+    """Notes which trainings have saved."""
+
+    def play(self, **arguments: Any) -> TrialDesk:
+        self.saved: set[str] = set()
+
+        def note(_: TrialDesk) -> None:
+            self.saved |= {path.parent.parent.name for path in self.folder.glob("t*/checkpoints/step-*")}
+
+        return super().play(then=note, **arguments)
+
+
+def test_what_a_kill_left_of_the_losers_is_given_back(tmp_path: Path) -> None:
+    """Between the journal and the closing: the next command, which trains nothing, sweeps it up."""
+    sweep = Inline(tmp_path, trials=2)
+    desk = sweep.play()
+    best = desk.best()
+    assert best is not None
+    for trial in desk.history.trials.values():
+        (sweep.folder / trial.name / "checkpoints" / "step-1").mkdir(parents=True, exist_ok=True)
+    Inline(tmp_path, trials=2).play()
+    assert {path.parent.name for path in sweep.folder.glob("t*/checkpoints")} == {best.name}
+
+
+# ---- stops that find nothing left ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reason", ["budget", "user"])
+def test_a_stop_that_finds_nothing_left_to_train_is_none(reason: Any, tmp_path: Path) -> None:
+    """Every trial ended, whether all were asked for or the space ran out; one that is left, and it is a stop."""
+    for trials, space, searcher, stopped in (
+        (2, RATES, "random", False),
+        (9, HOPEFUL, "grid", False),
+        (3, RATES, "random", True),
+    ):
+        sweep = Inline(tmp_path / str(trials), space, searcher=searcher, trials=trials)
+
+        def stop(desk: TrialDesk) -> None:
+            if sum(1 for _ in desk.history.ended()) == 2:
+                desk.close(reason)
+
+        desk = sweep.play(then=stop)
+        assert len(endings(desk.history)) == 2
+        assert desk.closing == (reason if stopped else None)
+
+
+def test_nothing_is_left_to_train_once_all_had_their_last_evaluation(tmp_path: Path) -> None:
+    """Which a budget in tokens may have been made for; a trial sooner there is something left."""
+    sweep = Inline(tmp_path, trials=2)
+    looks: list[tuple[bool, int]] = []
+    sweep.play(then=lambda desk: looks.append((desk.trained, desk.tokens)))
+    total = 2 * sweep.settings.tokens
+    assert {trained for trained, tokens in looks if tokens < total} == {False}
+    assert {trained for trained, tokens in looks if tokens >= total} == {True}
 
 
 def test_a_space_of_two_points_runs_out(tmp_path: Path) -> None:

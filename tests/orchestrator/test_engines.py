@@ -41,7 +41,7 @@ def test_a_run_goes_on_under_another_engine_and_with_fewer_workers(place: Place)
 
 def test_what_cannot_be_is_said_before_anything_starts(place: Place) -> None:
     for settings, told in {
-        ("engine=deepspeed", "compile=true"): "compile=true with engine=deepspeed",
+        ("engine=deepspeed", "deepspeed.zero_stage=3", "compile=true"): "compile=true with deepspeed.zero_stage=3",
         ("engine=deepspeed", "deepspeed.config=/nowhere.json"): "deepspeed.config=/nowhere.json: cannot be read",
         ("deepspeed.zero_stage=3",): "would do nothing under engine=torch",
     }.items():

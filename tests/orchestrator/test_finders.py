@@ -21,9 +21,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator import memory_limit
+from orchestrator import batch_findings, memory_limit
 from orchestrator.batch_finder import BatchFindings, available_rows, find_batch, run_probe
-from orchestrator.batch_findings import busy_notes, explanation
+from orchestrator.batch_findings import BatchQuestion, busy_notes, commands, explanation, machine_for
 from orchestrator.batch_search import RESOLUTION, expected_peak, search
 from orchestrator.cli import main
 from orchestrator.finder_plots import plot_batch, plot_lr_curve
@@ -33,6 +33,7 @@ from orchestrator.memory_limit import Limit, available_memory, limit_for, parse_
 from orchestrator.runs import find_runs
 from orchestrator.target import Flags, Target, split
 from orchestrator.tracking import Store, open_store
+from orchestrator.verbs.checked import check
 from tests.orchestrator.faults import WORDS
 from trainers.batch_probe import Job, Probe
 from trainers.config import RunConfig
@@ -168,6 +169,32 @@ def test_the_commands_repeat_what_was_typed(tmp_path: Path) -> None:
         *("--data", "my text.txt", "--precision", "bf16", "--seed", "3", "--runs-dir", "/some where"),
     ]
     assert lr_path(config) == "optim.lr"
+
+
+def test_find_batch_prints_commands_that_a_sweep_and_a_training_take(tmp_path: Path) -> None:
+    """With the size that was found in the place of the one that was typed."""
+    found = findings({1: 100, 2: 190, 4: 300}, share=8)
+    flags = Flags(precision="bf16", workers=1)
+    target = Target(preset("fundamentallm/small"), "preset", "fundamentallm/small")
+    typed = Typed(target, ("batch.micro_sequences=8", "budget.steps=5"), flags, tmp_path)
+    told = commands(typed, found)
+    assert list(told) == ["train", "tune"]
+    for verb, command in told.items():
+        checked = check(shlex.split(command))
+        assert checked.verb == verb and checked.target is not None
+        assert checked.target.config.batch.micro_sequences == 4
+    assert shlex.split(told["tune"])[-2:] == ["--runs-dir", str(tmp_path)] and "--space lr" in told["tune"]
+    broken = told["tune"].replace("--space lr", "--space rate")
+    with pytest.raises(UserError, match="rate"):  # the control: a command that no sweep takes
+        check(shlex.split(broken))
+
+
+def test_find_batch_takes_the_cpus_that_this_process_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container with a quota those are fewer than the machine has; Ray's workers get no more either."""
+    for cpus, workers, threads in ((6, 1, 6), (6, 2, 3), (1, 2, 1)):
+        monkeypatch.setattr(batch_findings, "usable_cpus", lambda cpus=cpus: cpus)
+        config = tiny(tmp_path, workers=workers)
+        assert machine_for(config, BatchQuestion("1GiB", 8, 1)).threads == threads
 
 
 def test_several_workers_are_one_process_with_the_same_step(tmp_path: Path) -> None:
@@ -439,7 +466,8 @@ def test_find_batch_says_keeps_and_tracks(place: Path, capfd: pytest.CaptureFixt
     told, progress = capfd.readouterr()
     result = json.loads(told)
     assert "micro-batch 2: " in progress and [probe["micro"] for probe in result["findings"]["probes"]] == [1, 2]
-    assert result["override"] in result["commands"]["train"] and png_size(Path(result["folder"]) / "batch.png")
+    assert all(result["override"] in command for command in result["commands"].values())
+    assert list(result["commands"]) == ["train", "tune"] and png_size(Path(result["folder"]) / "batch.png")
     (run,) = tracked(open_store(place / "runs"), "find-batch")
     assert run.data.tags["find.largest"] == "2" and run.data.metrics["mem/peak_gib"] > 0.05
     assert find_runs(place / "runs") == []

@@ -12,12 +12,23 @@ import pytest
 
 from orchestrator.cards import CARDS, gpu_memory
 from orchestrator.cli import main
-from orchestrator.memory_plan import MemoryPlan, MemoryQuestion, Room, plan_memory, speed_of
+from orchestrator.memory_plan import (
+    MemoryPlan,
+    MemoryQuestion,
+    PlannedCell,
+    Room,
+    explained,
+    plan_memory,
+    speed_of,
+    timeline_key,
+)
+from orchestrator.memory_tables import memory_notes
 from orchestrator.plan import flops_per_token
 from trainers.config import RunConfig
 from trainers.config_io import override
 from trainers.errors import UserError
 from trainers.memory.calibration import USUAL, Sample, calibration_of, refine
+from trainers.memory.prediction import Footprint, read_footprint, timeline_of
 from trainers.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -60,10 +71,104 @@ def test_components_add_up_and_the_largest_batch_is_the_largest() -> None:
 def test_more_workers_show_every_stage_of_zero() -> None:
     cells = planned(override(SMALL, ["workers=4"]), 8 * GIB).cells
     plain = [cell for cell in cells if cell.precision == "fp32" and not cell.recompute]
-    assert [cell.engine for cell in plain] == ["torch", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
-    states = [cell.footprint.state for cell in plain[1:]]
-    held = [state.weights + state.gradients + state.optimizer for state in states]
-    assert held == sorted(held, reverse=True) and held[3] < held[0] / 3
+    assert [cell.engine for cell in plain] == ["torch", "torch", "FSDP2", "ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
+    assert [cell.config.compile for cell in plain] == [False, True] + 5 * [False]  # nothing else compiles
+    held = {cell.engine: held_in_training(cell) for cell in plain}
+    assert held["ZeRO-0"] == held["torch"] > held["ZeRO-1"] > held["ZeRO-2"] > held["ZeRO-3"]
+    assert held["FSDP2"] < held["torch"] / 3 < 2 * held["ZeRO-3"]
+
+
+def held_in_training(cell: PlannedCell) -> int:
+    """Weights, gradients and optimizer state of one worker."""
+    (phase,) = cell.footprint.phases
+    return phase.state.weights + phase.state.gradients + phase.state.optimizer
+
+
+def test_what_lies_in_slices_is_made_whole_for_an_evaluation() -> None:
+    """FSDP2 and ZeRO-3 gather all weights on each worker; the other stages have them."""
+    base = override(SMALL, ["workers=4", "model.d_model=512", "model.n_layers=24", "evaluation.max_tokens=256"])
+    heavy = {cell.engine: cell.footprint for cell in planned(base, 8 * GIB).cells if cell.precision == "fp32"}
+    whole = 4 * heavy["torch"].structure.values
+    for engine, shares in (("FSDP2", 16), ("ZeRO-3", 20)):
+        evaluation = heavy[engine].phases[0]._scoring()
+        assert evaluation.weights >= whole / 4 and evaluation.working >= whole
+        assert evaluation.total < whole * (shares / 4 / 4 + 1 + 0.5)
+        assert heavy[engine].phases[0]._gathered_in_training < 0.2 * whole  # two layers and the embeddings
+    assert heavy["ZeRO-2"].phases[0]._scoring().working < 0.1 * whole
+
+
+def test_fsdp_adds_up_whole_gradients_until_it_sends_them() -> None:
+    cells = planned(override(SMALL, ["workers=4", "parallel=fsdp"]), 8 * GIB, variants=False).cells
+    (footprint,) = (cell.footprint for cell in cells)
+    whole = 4 * footprint.structure.values
+    (phase,) = footprint.phases
+    assert phase._training(16, 1).gradients == pytest.approx(whole / 4, rel=0.01)
+    assert phase._training(1, 16).gradients == pytest.approx(whole, rel=0.01)
+    zero = planned(override(SMALL, ["workers=4", "engine=deepspeed"]), 8 * GIB, variants=False).cells[0].footprint
+    assert zero.phases[0]._training(1, 16).gradients == pytest.approx(whole / 4, rel=0.01)
+
+
+def test_every_way_is_compiled_too_and_says_how_it_is_counted() -> None:
+    plan = planned(SMALL, 8 * GIB)
+    ways = [(cell.precision, cell.recompute, cell.config.compile) for cell in plan.cells]
+    assert len(ways) == len(set(ways)) and {("bf16", True, True), ("fp32", False, False)} < set(ways)
+    taken = {way: cell.footprint.peak_bytes(8) for way, cell in zip(ways, plan.cells, strict=True)}
+    assert all(taken[precision, again, not comp] == value for (precision, again, comp), value in taken.items())
+    assert any("compiled model is counted as an eager one" in note for note in memory_notes(plan))
+    assert not any("compiled" in note for note in memory_notes(planned(SMALL, GIB, variants=False)))
+
+
+def test_four_bit_gradients_are_those_of_the_adapters() -> None:
+    """They are not planned with the timeline of bf16, whose products have the same shapes."""
+    cells = planned(override(SMALL, ["init_from=base"]), 8 * GIB).cells
+    parts = {cell.precision: cell.footprint.phases[0]._training(4, 2) for cell in cells if not cell.recompute}
+    assert parts["bf16"].gradients == pytest.approx(parts["fp32"].gradients)
+    assert 0 < parts["int4"].gradients < parts["bf16"].gradients / 10
+    assert 0 < parts["int4"].activations != parts["bf16"].activations
+    half, quarter = (override(SMALL, ["init_from=base", f"precision.adapter_rank={rank}"]) for rank in (8, 4))
+    assert timeline_key(half) != timeline_key(quarter) != timeline_key(SMALL)
+
+
+def test_a_timeline_serves_every_depth_and_no_other_shape() -> None:
+    deep, deeper = (override(SMALL, [f"model.n_layers={layers}"]) for layers in (4, 9))
+    assert timeline_key(deep) == timeline_key(deeper)
+    for other in ("model.n_layers=2", "model.d_model=192", "model.dropout=0.2", "precision.compute=bf16"):
+        assert timeline_key(override(deep, [other])) != timeline_key(deep)
+    shared = timeline_of(deep, 100, "cuda")
+    alone = read_footprint(deeper, 100, "cuda", USUAL["cuda"])
+    assert read_footprint(deeper, 100, "cuda", USUAL["cuda"], timeline=shared).at(3, 2) == alone.at(3, 2)
+
+
+def test_the_hungriest_phase_decides_whatever_makes_it_hungry() -> None:
+    """Optimizer state, or activations; and which it is may depend on the rows."""
+
+    def footprint(*phases: str) -> Footprint:
+        settings = [f"phases=[{', '.join(phases)}]"] if phases else []
+        return read_footprint(override(SMALL, settings), 100, "cuda", USUAL["cuda"])
+
+    sgd = '{"name": "a", "optim": {"name": "sgd", "momentum": 0.0}}'
+    adamw = '{"name": "b", "optim": {"name": "adamw"}, "model": {"activation_checkpointing": true}}'
+    both, swapped, first, second = (footprint(*each) for each in ([sgd, adamw], [adamw, sgd], [sgd], [adamw]))
+    for rows in (1, 4, 64):
+        assert both.at(rows, 1) == swapped.at(rows, 1)
+        assert both.peak_bytes(rows, 1) == max(first.peak_bytes(rows, 1), second.peak_bytes(rows, 1))
+    assert both.at(1, 1) == second.at(1, 1) != first.at(1, 1)
+    assert both.at(64, 1) == first.at(64, 1)
+    assert both.checkpoint_bytes == second.checkpoint_bytes > first.checkpoint_bytes
+    assert len(footprint(sgd, sgd.replace('"a"', '"c"')).phases) == 1  # alike, they are one
+
+
+def test_it_fits_is_said_of_the_configured_batch() -> None:
+    """Whatever other micro-batches are shown beside it."""
+    taken = planned(SMALL, GIB, variants=False).cells[0].footprint
+    limit = (taken.peak_bytes(1) + taken.peak_bytes(64)) // 2
+    one, configured = taken.peak_bytes(1), taken.peak_bytes(64)
+    assert one < limit < configured and SMALL.micro_sequences == 64
+    told = explained(planned(SMALL, limit, variants=False, batches=(1, 2)).cells[0])
+    assert "it fits" not in told and "64 rows at a time" in told and "batch.micro_sequences=" in told
+    roomy = explained(planned(SMALL, 2 * configured, variants=False, batches=(1, 2)).cells[0])
+    assert "64 rows at a time" in roomy and "it fits" in roomy
+    assert "not even one row" in explained(planned(SMALL, 100 << 20, variants=False, batches=(1,)).cells[0])
 
 
 def test_time_follows_a_measured_speed(tmp_path: Path) -> None:

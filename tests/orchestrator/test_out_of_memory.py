@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 
 from orchestrator.claimed import claimed
+from orchestrator.cli import main
 from orchestrator.experiment import Experiment, Request, settle, write_identity
 from orchestrator.out_of_memory import accident_of, explain, shrunk
 from trainers.config import RunConfig
 from trainers.config_io import dump_yaml, override
 from trainers.errors import ConfigError, UserError
+from trainers.models import parameter_count
 from trainers.presets import PRESETS
 from trainers.record import series
 
@@ -80,8 +82,29 @@ def test_it_is_explained_with_the_plans_numbers_and_the_next_command(tmp_path: P
     micro = override(config, [found[2]]).micro_sequences
     assert ROWS % micro == 0 and micro < ROWS
     assert "--on-oom shrink" in told
-    alone = override(config, ["batch.sequences=1"])
-    assert "activation_checkpointing" in explain(experiment_of(alone), request, 30, "cpu", OUTCOME)
+
+
+def test_where_not_even_one_row_fits_the_plan_that_is_named_is_the_runs_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is asked of the run, whose preset knows nothing of its settings, or is none."""
+    config = override(hungry(tmp_path), ["batch.sequences=1", "preset=custom"])
+    request = Request(tmp_path / "runs", name="hungry", memory_limit=700 << 20)
+    request.runs_dir.mkdir()
+    begun = settle(config, request, ("hash",))
+    begun.run_dir.mkdir()
+    write_identity(begun)
+    told = explain(begun, request, 30, "cpu", OUTCOME)
+    assert "activation_checkpointing" in told
+    found = re.search(r"`orchestrate (plan .*)`", told)
+    assert found is not None, told
+    assert main([*shlex.split(found[1]), "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    vocabulary = planned["vocab_size"]
+    assert planned["parameters"] == parameter_count(config.model, vocabulary)
+    assert planned["parameters"] != parameter_count(PRESETS["fundamentallm/tiny"]().model, vocabulary)
+    assert len(planned["memory"]["cells"]) > 2 and planned["memory"]["cells"][0]["batches"][0]["micro_sequences"] == 1
+    assert main(["plan", config.preset, "--variants"]) == 2  # what was named before
 
 
 def test_a_run_may_go_on_in_smaller_pieces_and_in_no_other_way(tmp_path: Path) -> None:
@@ -99,6 +122,51 @@ def test_a_run_may_go_on_in_smaller_pieces_and_in_no_other_way(tmp_path: Path) -
     for change in ("batch.sequences=48", "optim.lr=1"):
         with pytest.raises(ConfigError, match="another configuration"):
             settle(override(config, ["batch.micro_sequences=8", change]), request, ("hash",))
+
+
+# ---- inside a worker --------------------------------------------------------------------------------------------
+
+
+def worked(folder: Path, monkeypatch: pytest.MonkeyPatch, train: Any, **changes: Any) -> dict[str, Any] | None:
+    """How a worker of one rank ended whose training is `train`; None: it said nothing."""
+    import trainers.loop
+    from orchestrator.worker import attempt
+    from trainers.context import LocalContext
+
+    folder.mkdir(exist_ok=True)
+    monkeypatch.setattr(trainers.loop, "train", train)
+    job = {"config": hungry(folder).model_dump(mode="json"), "threads": 1, "tracking": {}, **changes}
+    attempt(job, lambda: LocalContext(folder / "run"))
+    return stored(folder / "run") if (folder / "run" / "outcome.json").exists() else None
+
+
+def test_memory_that_python_refuses_without_a_word_is_an_accident_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(MemoryError) as refused:
+        bytearray(1 << 62)
+    assert str(refused.value) == ""  # it says nothing, so its kind has to do
+    ended = worked(tmp_path, monkeypatch, lambda config, context: bytearray(1 << 62))
+    assert accident_of(ended) == "MemoryError"
+
+
+def test_a_run_on_the_cpu_is_held_to_memory_of_the_cpu_beside_a_gpu_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import resource
+
+    import torch
+
+    def limits(*_: Any) -> None:
+        seen.append(resource.getrlimit(resource.RLIMIT_AS)[0])
+
+    seen: list[int] = []
+    outside = resource.getrlimit(resource.RLIMIT_AS)[0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    worked(tmp_path / "free", monkeypatch, limits)
+    worked(tmp_path / "held", monkeypatch, limits, memory_limit=64 << 30)
+    assert seen[0] == outside and 64 << 30 < seen[1] != outside  # the negative control first: no limit
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == outside
 
 
 # ---- with real workers against a real limit ------------------------------------------------------------------------

@@ -6,9 +6,11 @@ in test_sweep_faults.py.
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import statistics
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,6 +29,7 @@ from trainers.claim import Claim
 from trainers.config import RunConfig
 from trainers.context import LocalContext, request_stop
 from trainers.identity import read_json
+from trainers.record import read_rows, series
 
 STEPS, EVERY = 12, 3
 POINT = {"optim.lr": 1e-2}
@@ -316,3 +319,52 @@ def test_the_clock_stands_still_while_it_waits(stage: Stage) -> None:
     assert math.isfinite(first.train_s) and 0 < second.train_s - first.train_s < 1.0
     stage.stop(job, "user")
     assert run.end()
+
+
+# ---- what counts as an evaluation ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", ["train/loss", "perf/tokens_per_s"])
+def test_a_logged_step_is_no_evaluation(metric: str, stage: Stage) -> None:
+    """Whatever the objective: what every step logs is told where the model was evaluated, and nowhere else."""
+    name = f"t0013-{metric.partition('/')[0]}"
+    job = replace(stage.job(name), metrics=[metric])
+    first, _ = to_the_end(PointRun(job))
+    again, end = to_the_end(PointRun(replace(stage.job(name), metrics=[metric])))
+    assert end.state == "finished"
+    logged = dict(series(stage.folder / name / "metrics.jsonl", metric))
+    for told in (first, again):
+        assert [said.tokens for said in told] == stage.milestones
+    assert [said.values for said in again] == [[logged[step]] for step in range(EVERY, STEPS + 1, EVERY)]
+    assert len(logged) > len(stage.milestones)  # the control: there was more to be mistaken for one
+
+
+def test_the_record_is_read_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it is asked, also where the rows of a step come apart."""
+    job = stage.job("t0014")
+    path = stage.folder / "t0014" / "metrics.jsonl"
+    rows = [{"step": step, "tokens": 10 * step, "time_ms": 1, "phase": "main", "train/loss": 1.0 / step} for step in range(1, 31)]  # fmt: skip # noqa: E501
+    rows += [{"step": step, "tokens": 10 * step, "time_ms": 2, "phase": "main", "val/loss": 2.0 / step} for step in (10, 20)]  # fmt: skip # noqa: E501
+    rows += [{"step": 10, "tokens": 100, "time_ms": 3, "phase": "main", "val/loss": 9.0}]
+    counted = 0
+
+    def counting(path: Path, *, offset: int = 0) -> Iterator[Any]:
+        nonlocal counted
+        for found in read_rows(path, offset=offset):
+            counted += 1
+            yield found
+
+    monkeypatch.setattr(points, "read_rows", counting)
+    seed = points.SeedRun(job.seeds[0], ["train/loss", "val/loss"], lambda: None, threading.Event())
+    asked_anew = 0
+    for row in rows:
+        with path.open("a") as record:
+            record.write(json.dumps(row) + "\n")
+        found = seed.evaluations()
+        before = counted
+        fresh = points.SeedRun(job.seeds[0], ["train/loss", "val/loss"], lambda: None, threading.Event())
+        assert fresh.evaluations() == found
+        counted, asked_anew = before, asked_anew + counted - before
+    assert found == [(100, (1 / 10, 2 / 10)), (200, (1 / 20, 2 / 20))]  # the first write of a value wins
+    assert counted == len(rows)
+    assert asked_anew == len(rows) * (len(rows) + 1) / 2  # the control: one that forgets reads it all each time

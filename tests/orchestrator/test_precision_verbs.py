@@ -38,6 +38,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_run(run_dir: Path, text: Path, changes: list[str]) -> None:
+    from trainers.__main__ import identify
     from trainers.context import LocalContext
     from trainers.loop import train
     from trainers.presets import PRESETS
@@ -47,9 +48,7 @@ def train_run(run_dir: Path, text: Path, changes: list[str]) -> None:
     context = LocalContext(run_dir)
     try:
         (run_dir / "config.yaml").write_text(dump_yaml(config))
-        (run_dir / "identity.json").write_text(
-            json.dumps({"name": run_dir.name, "fingerprint": "0", "fields": {}, "created": "2026-01-01T00:00:00+00:00"})
-        )
+        (run_dir / "identity.json").write_text(json.dumps(identify(config, run_dir)))
         assert train(config, context).state == "finished"
     finally:
         context.close()
@@ -91,6 +90,40 @@ def test_the_merged_run_is_the_adapted_one(runs: Path, capsys: pytest.CaptureFix
     assert "another --name" in capsys.readouterr().err
 
 
+def test_a_merged_run_is_a_start_and_not_to_be_gone_on_with(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator import launch
+
+    monkeypatch.delattr(launch, "ray_cluster")  # refused before anything starts
+    assert main(["merge", "tuned", "--name", "start", "--runs-dir", str(runs)]) == DONE
+    assert main(["train", "start", "schedule.kind=constant", "--runs-dir", str(runs)]) == BAD_INPUT
+    assert "--init-from start" not in capsys.readouterr().err  # another configuration is told as for any run
+    assert main(["train", "start", "budget.steps=+50", "--runs-dir", str(runs)]) == BAD_INPUT
+    told = capsys.readouterr().err
+    assert "no optimizer state to go on with" in told and "--init-from start" in told
+
+
+def test_what_is_merged_from_paged_8_bit_training_can_be_opened(runs: Path) -> None:
+    from orchestrator.merging import PLAIN, plain_config
+    from trainers.config import OptimConfig, RunConfig
+    from trainers.config_io import build_config, read_yaml
+    from trainers.errors import ConfigError
+
+    tuned = build_config(read_yaml(runs / "tuned" / "config.yaml"))
+    paged = override(tuned, ["precision.optimizer_state=int8", "optim.paged=true"])
+    own = {"name": "own", "optim": OptimConfig(paged=True).model_dump(), "budget": {"steps": 3}}
+    phased = RunConfig.model_validate(paged.model_dump() | {"phases": [own, {"name": "other"}]})
+    for config in (paged, phased):
+        plain = plain_config(config)
+        assert build_config(plain.model_dump(mode="json")) == plain
+        assert not any(phase.optim.paged for phase in plain.resolved_phases())
+        assert plain.precision.adapter_rank == 0 and plain.precision.weights == "native"
+        only_words = config.model_copy(update={"precision": config.precision.model_copy(update=PLAIN)})
+        with pytest.raises(ConfigError, match=r"optim\.paged"):  # the negative control
+            build_config(only_words.model_dump(mode="json"))
+
+
 def test_a_run_without_adapters_has_nothing_to_merge(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", "base", "--name", "other", "--runs-dir", str(runs)]) == BAD_INPUT
     assert "no adapters" in capsys.readouterr().err and not (runs / "other").exists()
@@ -112,6 +145,27 @@ def test_an_int8_run_writes_and_is_scored_as_it_was_trained(runs: Path, capsys: 
     assert text_of(capsys, runs, "small")[0]["text"]
     as_trained, plain = perplexity(capsys, runs, "small"), perplexity(capsys, runs, "small", "--precision", "bf16")
     assert as_trained != plain and as_trained == pytest.approx(plain, rel=0.03)
+
+
+def test_int8_products_over_adapters_are_refused_in_a_sentence(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = str(runs.parent / "other.txt")
+    command = ["evaluate", "tuned", text, "--runs-dir", str(runs), "--device", "cpu", "--precision", "int8"]
+    assert main(command) == BAD_INPUT
+    said = capsys.readouterr().err
+    assert "orchestrate merge tuned" in said and "Traceback" not in said
+    assert perplexity(capsys, runs, "base", "--precision", "int8")  # whole weights are fine
+
+
+def test_an_8_bit_optimizer_is_not_needed_to_open_what_it_trained(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainers import compatibility
+
+    monkeypatch.setattr(compatibility, "find_spec", lambda name: None if name == "bitsandbytes" else object())
+    assert perplexity(capsys, runs, "small") and perplexity(capsys, runs, "base", "--precision", "int8")
+    command = ["evaluate", "base", str(runs.parent / "other.txt"), "--runs-dir", str(runs), "--device", "cpu"]
+    assert main([*command, "--precision", "int4"]) == BAD_INPUT  # 4-bit weights do need it
+    assert "pip install bitsandbytes" in capsys.readouterr().err
 
 
 def test_int4_without_a_run_to_start_from_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from orchestrator.cli import BAD_INPUT, DONE, main
 from orchestrator.sweeps.comparison import as_good, cost, difference_noise, noise, pareto_front, stopped, trade_off
+from orchestrator.sweeps.history import PENALTY
 from orchestrator.sweeps.report import closing_lines, facts, markdown, print_closing
 from orchestrator.sweeps.report_html import page
-from orchestrator.sweeps.results import PointResult, SweepResults
+from orchestrator.sweeps.results import PointResult, SweepResults, TrialResult
 from orchestrator.sweeps.stored import read_sweep
 from orchestrator.sweeps.words import value_words
 from orchestrator.tracking import Store, TrackedRun, open_store
@@ -55,7 +56,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, (lr, batch, reason, values, evaluations) in enumerate(POINTS):
         for seed, value in enumerate(values):
             run = begin_trial(store, parent, "first-sweep", number, seed, {"optim.lr": lr, "batch.sequences": batch})
-            send(run, value, evaluations, told=1e6 if reason == "nonfinite" else statistics.fmean(values))
+            send(run, value, evaluations, told=PENALTY if reason == "nonfinite" else statistics.fmean(values))
             run.finish("FINISHED" if reason == "completed" else "KILLED", reason)
     parent.log_metrics([{"step": 6, "time_ms": 9, "sweep/best": 1.93, "sweep/wall_s": 66.0, "sweep/train_s": 120.0}])
     parent.set_tags({"sweep.best": "t0001", "sweep.command": COMMAND})
@@ -167,6 +168,14 @@ def test_a_difference_within_the_noise_is_called_so_and_a_greater_one_is_not(fir
     assert distant is not None and distant < 0.09
     alone = noise(example(9))
     assert alone is not None and alone.noise is None and not alone.within
+
+
+@pytest.mark.parametrize("state", ["completed", "asha", "nonfinite", "oom", "error"])
+@pytest.mark.parametrize("value", [1e-9, 2.5e6, 4e8, 1e29])
+def test_how_a_trial_ended_says_whether_its_value_counts(state: str, value: float) -> None:
+    """And not how large it is: a GPU trains a million tokens a second, and a perplexity may be anything."""
+    trial = TrialResult("t0000", 0, 0, state, objectives=(value, 1.0))
+    assert trial.told == (() if state in ("nonfinite", "oom", "error") else (value, 1.0))
 
 
 def test_a_sweep_that_goes_on_is_told_as_it_stands(runs: Path) -> None:

@@ -15,8 +15,11 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, Tri
 from orchestrator.sweeps.history import Ending, History, Seen
 from orchestrator.sweeps.journal import JOURNAL, Journal
 from orchestrator.sweeps.rules import Asha, Hyperband, Median, NoRule, Rule, build_rule, rungs
+from orchestrator.verbs.sweeps import SearchOptions, SpaceOptions, sought
 from tests.orchestrator.histories import settings
 from trainers.claim import Claim, Guard
+from trainers.errors import ConfigError
+from trainers.presets import preset
 
 TRIALS, BUDGET, GRACE = 24, 900, 100
 Report = tuple[int, Seen]
@@ -308,3 +311,29 @@ def test_the_rule_of_a_sweep() -> None:
     assert built(scheduler="median") == Median(100, 900, 1.0)
     assert built(scheduler="none") == built(scheduler="pbt", searcher="random") == NoRule()
     assert built(scheduler="hyperband", grace=900).stops(History(), 0, Seen(100, (1.0,))) is None
+
+
+# ---- losses of different texts --------------------------------------------------------------------------------------
+
+TWO = preset("fundamentallm/two-phase")
+SHARED = SpaceOptions(space="phase_lengths")
+TYPED = SpaceOptions(set_space=["optim.lr=log(1e-4,1e-2)", "phases.prose.budget.share=uniform(0.3,0.7)"])
+
+
+@pytest.mark.parametrize("searched", [SHARED, TYPED], ids=["catalogued", "typed"])
+def test_where_the_lengths_of_phases_are_searched_nothing_is_compared_early(searched: SpaceOptions) -> None:
+    """By default, and any rule that would is refused; other spaces have asha."""
+    _, draft, _ = sought(TWO, searched, SearchOptions(), "cpu")
+    assert draft["scheduler"] == "none"
+    _, same, _ = sought(TWO, searched, SearchOptions(scheduler="none"), "cpu")
+    assert same == draft
+    for scheduler in ("asha", "hyperband", "median", "pbt"):
+        with pytest.raises(ConfigError, match=r"phases\.prose\.budget\.share.*say --scheduler none") as refusal:
+            sought(TWO, searched, SearchOptions(scheduler=scheduler), "cpu")  # type: ignore[arg-type]
+        assert "\n" not in str(refusal.value)
+
+
+def test_where_they_are_not_trials_are_compared() -> None:
+    """Negative control: the same run of two phases."""
+    assert sought(TWO, SpaceOptions(space="lr"), SearchOptions(), "cpu")[1]["scheduler"] == "asha"
+    sought(TWO, SpaceOptions(space="lr"), SearchOptions(scheduler="median"), "cpu")

@@ -14,7 +14,7 @@ import optuna
 import pytest
 
 from orchestrator.sweeps.history import PENALTY, Ending, Event, History, Params, Seen
-from orchestrator.sweeps.searchers import RandomSearcher, Searcher, build_searcher, told
+from orchestrator.sweeps.searchers import RandomSearcher, Searcher, build_searcher, left_of_grid, told
 from orchestrator.sweeps.settings import Objective, SweepSettings
 from orchestrator.sweeps.tpe import TPESearcher
 from search_spaces.space import Axis, Choice, Float, Int, Space, When
@@ -150,6 +150,20 @@ def test_the_grid_comes_in_order_and_ends() -> None:
     assert asks(go_on(searcher_of("grid", SPACE, trials=7), History(), 1000)) == cells[:7]
 
 
+def test_a_sweep_smaller_than_its_grid_is_told_so() -> None:
+    """Its trials lie in one corner: the last axis alone has changed."""
+    cells = len(list(SPACE.grid(3)))
+    asked = settings(SPACE, searcher="grid", trials=3)
+    said = left_of_grid(asked, SPACE)
+    assert said is not None and f"the grid has {cells} cells" in said and "--trials 3 takes the first 3" in said
+    corner = asks(go_on(build_searcher(asked, SPACE), History(), 3))
+    assert {len({str(point[path]) for point in corner}) for path in list(SPACE)[:-1]} == {1}
+    assert f"{list(SPACE)[-1]} fastest" in said and f"--trials {cells} for the whole" in said
+    # Negative controls: the whole grid, and searchers that choose from all of the space.
+    assert left_of_grid(settings(SPACE, searcher="grid", trials=cells), SPACE) is None
+    assert left_of_grid(settings(SPACE, searcher="random", trials=3), SPACE) is None
+
+
 @pytest.mark.parametrize("name", ["random", "tpe", "multi"])
 def test_a_finite_space_is_asked_for_once_and_whole(name: str) -> None:
     found = asks(go_on(searcher_of(name, FINITE), History(), 1000, end=ending(name)))
@@ -204,6 +218,17 @@ def test_a_trial_without_an_objective_is_told_as_the_worst() -> None:
     assert told((down, up), Ending("completed", (math.nan, 2.0), 1, 0.0)) == (PENALTY, 2.0)
     assert told((down, up), Ending("nonfinite", (1.0, 2.0), 1, 0.0)) == (PENALTY, -PENALTY)
     assert told((down, up), Ending("oom", (), 1, 0.0)) == (PENALTY, -PENALTY)
+
+
+def test_nothing_is_told_as_worse_than_a_failure() -> None:
+    """Of several objectives a failed trial would else dominate one that has an enormous perplexity."""
+    down, up = Objective(metric="val/perplexity"), Objective(metric="perf/tokens_per_s", mode="max")
+    failed = told((down, up), Ending("error", (), 1, 0.0))
+    for perplexity, speed in ((4e8, 2e6), (1e300, 0.0), (1.0, 1e12)):
+        found = told((down, up), Ending("completed", (perplexity, speed), 1, 0.0))
+        assert found[0] <= failed[0] and found[1] >= failed[1] and all(map(math.isfinite, found))
+    assert told((down, up), Ending("completed", (4e8, 2e6), 1, 0.0)) == (4e8, 2e6)
+    assert not told((down,), Ending("completed", (4e8,), 1, 0.0))[0] <= 1e6  # the control: a penalty within reach
 
 
 def lrs_after(reason: str, searcher_space: Space) -> list[float]:

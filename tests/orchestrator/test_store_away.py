@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,53 +11,10 @@ import pytest
 
 from orchestrator.tracking import Store, TrackingUnavailable, open_store
 from tests.orchestrator.faults import history
+from tests.orchestrator.store_server import Server
 from tests.orchestrator.test_feeder import Record, feeding, open_run, wait_for
 
 pytestmark = pytest.mark.usefixtures("no_store_named")
-
-
-class Server:
-    """MLflow's own tracking server over a SQLite file, on a port of its own, that can be told to fail."""
-
-    def __init__(self, application: Callable[..., Iterable[bytes]]):
-        self.failing = False
-        self.refused = 0
-        self._application = application
-
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if self.failing:
-            self.refused += 1
-            start_response("500 INTERNAL SERVER ERROR", [("Content-Type", "text/html")])
-            return [b"<h1>Internal Server Error</h1>"]
-        return self._application(environ, start_response)
-
-
-@pytest.fixture
-def server(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    import shutil
-
-    from werkzeug.serving import WSGIRequestHandler, make_server
-
-    class Quiet(WSGIRequestHandler):
-        def log(self, *_: Any) -> None:
-            """Nothing."""
-
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
-    monkeypatch.setenv("_MLFLOW_SERVER_FILE_STORE", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    monkeypatch.setenv("_MLFLOW_SERVER_ARTIFACT_ROOT", str(tmp_path / "mlartifacts"))
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    from mlflow.server import app, handlers
-
-    monkeypatch.setattr(handlers, "_tracking_store", None)
-    wrapped = Server(app.wsgi_app)
-    listening = make_server("127.0.0.1", 0, wrapped, threaded=True, request_handler=Quiet)
-    thread = threading.Thread(target=listening.serve_forever, daemon=True)
-    thread.start()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{listening.server_port}")
-    yield wrapped
-    listening.shutdown()
-    thread.join()
-    listening.server_close()
 
 
 @pytest.fixture

@@ -3,46 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from orchestrator.cli import BAD_INPUT, DONE, main
+from orchestrator.cli import DONE, main
 from orchestrator.sweeps import driver
 from orchestrator.sweeps.journal import JOURNAL
+from tests.orchestrator.refusals import ReachedRay, refused, without_ray
 
-TEXT = "It was a bright cold day in April, and the clocks were striking thirteen.\n" * 200
 TINY = ["tune", "fundamentallm/tiny", "--data", "text.txt", "--runs-dir", "runs"]
 LR = ["--set-space", "optim.lr=log(1e-4,1e-2)"]
 
 
-class ReachedRay(BaseException):
-    """Raised where the driver would start Ray: the input was taken."""
-
-
 @pytest.fixture(autouse=True)
-def without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def reached(*_: Any, **__: Any) -> Iterator[None]:
-        raise ReachedRay
-        yield
-
-    monkeypatch.setattr(driver, "ray_cluster", reached)
-    monkeypatch.chdir(tmp_path)
-    for name in ("ORCHESTRATE_RUNS", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
-    (tmp_path / "text.txt").write_text(TEXT)
-
-
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one message that `arguments` get."""
-    assert main(arguments) == BAD_INPUT, capsys.readouterr()
-    err = capsys.readouterr().err
-    assert err.count("error: ") == 1 and "Traceback" not in err
-    return err
+def before_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ray(driver, tmp_path, monkeypatch)
 
 
 def left_behind(folder: Path) -> list[str]:
@@ -76,6 +52,10 @@ CASES: dict[str, tuple[list[str], str]] = {
     "a population of three": ([*LR, "--scheduler", "pbt", "--trials", "3", "--searcher", "random"], "at least 4"),
     "a population of batches": (["--space", "lr_batch", "--scheduler", "pbt", "--searcher", "random"], "cannot change"),
     "a population with workers": ([*LR, "--scheduler", "pbt", "--searcher", "random", "--workers", "2"], "--workers 1"),
+    "a population trained on": (
+        [*LR, "--scheduler", "pbt", "--searcher", "random", "--then-train"],
+        "--then-train trains from scratch",
+    ),
     "more CPUs than there are": ([*LR, "--cpus-per-trial", "64000"], "could never start"),
     "no time": ([*LR, "--max-time", "soon"], "--max-time is a time such as"),
     "time backwards": ([*LR, "--max-time", "-5m"], "--max-time"),
@@ -104,7 +84,7 @@ def test_bad_input_gets_one_message_and_leaves_nothing(
 
 def test_a_dry_run_refuses_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = ("an unknown space", "no trials", "an unknown metric", "grace beyond the budget", "a population of three")
-    for case in (*cases, "more CPUs than there are"):
+    for case in (*cases, "a population trained on", "more CPUs than there are"):
         arguments, part = CASES[case]
         assert part in refused([*TINY, *arguments, "--dry-run"], capsys)
     assert left_behind(tmp_path) == ["text.txt"]
@@ -140,7 +120,10 @@ def first(monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_used_name_is_refused_with_what_differs(first: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file() and path.name != "claim"}
     for arguments, part in (
-        (["--set-space", "optim.lr=log(1e-4,1e-1)", "--trials", "2"], "sweep.space"),
+        (
+            ["--set-space", "optim.lr=log(1e-4,1e-1)", "--trials", "2"],
+            "optim.lr: log 0.0001 .. 0.01 -> log 0.0001 .. 0.1",
+        ),
         ([*LR, "--trials", "2", "--scheduler", "none"], "sweep.scheduler"),
         ([*LR, "--trials", "2", "model.dropout=0.5"], "model.dropout: 0.1 -> 0.5"),
         ([*LR, "--trials", "1"], "--trials 2 or more"),
@@ -148,6 +131,36 @@ def test_a_used_name_is_refused_with_what_differs(first: Path, capsys: pytest.Ca
         assert part in refused([*TINY, "--name", "first", *arguments], capsys)
     after = {path: path.read_bytes() for path in first.rglob("*") if path.is_file() and path.name != "claim"}
     assert after == before
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A begun sweep whose space, written out, is far longer than a line; the options that make it."""
+    axes = [f"model.{name}={domain}" for name, domain in WIDE.items()]
+    words = [word for axis in ["optim.lr=log(1e-4,1e-2)", *axes] for word in ("--set-space", axis)]
+    with monkeypatch.context() as kept:
+        kept.setattr(driver, "_holds_something", lambda sweep: True)
+        begun("wide", *words, "--trials", "2")
+    return words
+
+
+WIDE = {"dropout": "uniform(0.0,0.3)", "n_layers": "[1,2,3]", "bias": "[true,false]"}
+
+
+def test_another_space_is_shown_path_by_path(wide: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Only what differs, each domain as it is written elsewhere, and no JSON that is cut short of the difference."""
+    *first, last = wide
+    other = [*first, last.replace("true,false", "false,true")]
+    said = refused([*TINY, "--name", "wide", "--trials", "2", *other], capsys)
+    assert "model.bias: one of True, False -> one of False, True" in said
+    assert "optim.lr" not in said and "{" not in said and "sweep.space" not in said
+    gone = refused([*TINY, "--name", "wide", "--trials", "2", *first[:-1]], capsys)
+    assert "model.bias: one of True, False -> (not set)" in gone
+    turned = [word for pair in reversed(list(zip(wide[::2], wide[1::2], strict=True))) for word in pair]
+    order = refused([*TINY, "--name", "wide", "--trials", "2", *turned], capsys)
+    assert "the space's order: optim.lr, model.dropout" in order
+    with pytest.raises(ReachedRay):  # the control: the same space goes on
+        main([*TINY, "--name", "wide", "--trials", "2", *wide])
 
 
 def test_a_runs_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from search_spaces.grammar import parse_assignment
 from search_spaces.space import Space
 from tests.cluster.head import Head
 from tests.orchestrator.faults import PROJECT, alive, newest_step, read, seconds_until_gone
+from tests.orchestrator.store_server import Server
 from tests.orchestrator.sweep_episodes import (
     RANDOM,
     SPACE,
@@ -136,6 +137,30 @@ def test_several_seeds_survive_kills(sweeps: SweepPlace) -> None:
     theirs, ours = reference.history.trials, again.history.trials
     assert [t.seen for t in ours.values()] == [t.seen for t in theirs.values()]
     assert [t.params for t in ours.values()] == [t.params for t in theirs.values()]
+
+
+@pytest.mark.slow
+def test_a_store_that_is_away_between_two_trials_is_waited_for(server: Server, tmp_path: Path) -> None:
+    """Tune has nothing at work meanwhile, and asks on; in test_sweep_driver.py without Tune, with the control."""
+    place = SweepPlace(tmp_path)
+    place.runs.mkdir()
+    (place.runs / "mlflow.db").symlink_to(tmp_path / "mlflow.db")  # where the laws look: the server's own
+    given = {"MLFLOW_TRACKING_URI": os.environ["MLFLOW_TRACKING_URI"]}
+    arguments = [*RANDOM, "--trials", "2", "--concurrent", "1"]
+    try:
+        command = place.start_sweep("away", *arguments, **given)
+        command.wait_for_trial("t0000", STEPS // 2)
+        server.failing = True
+        command.wait_until(lambda: "the next one begins when it is back" in command.output, "the sentence")
+        began = time.time()
+        command.wait_until(lambda: time.time() > began + 3, "three seconds")
+        server.failing = False
+        command.expect(0)
+        assert "trials begin again" in command.output and "Traceback" not in command.output
+        assert_journal_whole(command.run_dir, 2)
+        assert_sweep_told(place.runs, "away")
+    finally:
+        place.close()
 
 
 # ---- what a stopped trial gives back ---------------------------------------------------------------------------------

@@ -25,14 +25,14 @@ from orchestrator.signals import StopSignals
 from orchestrator.sweeps import full_training, slots
 from orchestrator.sweeps.driver import GPU_NOTED_S, SweepDriver, milestones_of
 from orchestrator.sweeps.full_training import full_run, train_winner
-from orchestrator.sweeps.history import History, Trial
+from orchestrator.sweeps.history import Exploit, History, Trial
 from orchestrator.sweeps.rehearsal import expected_tokens
 from orchestrator.sweeps.settings import SweepSettings, build_settings
 from orchestrator.sweeps.slots import device_of, slots_of
 from orchestrator.sweeps.sweep import Sweep, SweepRequest, tokens_of_phases, total_steps_of, write_sweep
 from orchestrator.sweeps.table import SweepDisplay
 from orchestrator.sweeps.trials import SAVED_MINUTES, in_tokens, run_of
-from orchestrator.sweeps.winner import command_of, winning_run
+from orchestrator.sweeps.winner import check_can_train, command_of, course_of, lineage_of, winning_run
 from orchestrator.target import Flags
 from orchestrator.verbs.sweeps import seconds_of
 from search_spaces.catalog import CATALOG, catalogued
@@ -270,12 +270,14 @@ def sweep_of(base: RunConfig = BASE, *, device: Any = "cpu", folder: Path = Path
     return Sweep("s", folder, Path("runs"), base, settings(**changes), SPACE, {}, (), device)
 
 
-def cluster(cpus: float, gpus: float = 0) -> Any:
-    total = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+def cluster(*cpus: float, gpus: float = 0) -> Any:
+    """`cpus`: of each node; the GPUs are the first one's."""
+    nodes = [{"NodeID": str(index), "Alive": True, "Resources": {"CPU": each}} for index, each in enumerate(cpus)]
+    total = {"CPU": sum(cpus), **({"GPU": gpus} if gpus else {})}
     return SimpleNamespace(
         cluster_resources=lambda: total,
-        nodes=lambda: [{"NodeID": "one", "Alive": True, "Resources": total}],
-        get_runtime_context=lambda: SimpleNamespace(get_node_id=lambda: "one"),
+        nodes=lambda: nodes,
+        get_runtime_context=lambda: SimpleNamespace(get_node_id=lambda: "0"),
     )
 
 
@@ -285,11 +287,15 @@ def test_slots_are_what_the_cluster_holds() -> None:
     assert slots_of(cluster(8), sweep_of(cpus_per_trial=3), request).count == 2
     assert slots_of(cluster(8), sweep_of(), replace(request, concurrent=3)).count == 3
     assert slots_of(cluster(8), sweep_of(), replace(request, concurrent=30)).count == 8
-    quarter = slots_of(cluster(16, 2), sweep_of(device="cuda"), replace(request, gpus_per_trial=0.25))
+    quarter = slots_of(cluster(16, gpus=2), sweep_of(device="cuda"), replace(request, gpus_per_trial=0.25))
     assert (quarter.count, quarter.resources) == (8, {"CPU": 1, "GPU": 0.25})
-    assert slots_of(cluster(16, 2), sweep_of(device="cuda"), request).count == 2
+    assert slots_of(cluster(16, gpus=2), sweep_of(device="cuda"), request).count == 2
     pair = slots_of(cluster(8), sweep_of(override(BASE, ["workers=2"])), request)
     assert (pair.count, pair.share["cpus"], pair.resources.get("CPU", 0)) == (4, 1, 0)
+    assert slots_of(cluster(4, 4, 3), sweep_of(cpus_per_trial=3), request).count == 3
+    assert slots_of(cluster(5, 5), sweep_of(cpus_per_trial=3), request).count == 2  # of the sum there would be 3
+    pair = slots_of(cluster(4, 3, 3), sweep_of(override(BASE, ["workers=2"]), cpus_per_trial=3), request)
+    assert (pair.count, pair.share["cpus"]) == (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +311,7 @@ def test_auto_is_what_there_is_where_the_trials_run(
     @contextmanager
     def joined(workers: int, **_: Any) -> Iterator[Any]:
         asked.append(workers)
-        yield cluster(8, gpus)
+        yield cluster(8, gpus=gpus)
 
     monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
     monkeypatch.setattr(slots, "ray_cluster", joined)
@@ -330,19 +336,23 @@ def test_without_a_cluster_auto_is_what_this_machine_has(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("cpus", "gpus", "changes", "way_out"),
     [
-        (2, 0, {"cpus_per_trial": 64}, "--cpus-per-trial"),
-        (2, 0, {"workers": 3}, "--workers"),
-        (2, 0, {"gpus_per_trial": 0.25}, "--device cpu"),
-        (8, 2, {"device": "cuda", "gpus_per_trial": 3}, "--gpus-per-trial"),
-        (8, 2, {"device": "cuda", "workers": 2, "gpus_per_trial": 0.5}, "--gpus-per-trial"),
+        ([2], 0, {"cpus_per_trial": 64}, "--cpus-per-trial"),
+        ([2], 0, {"workers": 3}, "--workers"),
+        ([4, 4], 0, {"cpus_per_trial": 8}, "on 2 nodes, the largest of which has 4.*--cpus-per-trial"),
+        ([4, 4, 4, 4], 0, {"workers": 5, "cpus_per_trial": 3}, "--workers"),  # 16 CPUs for 15, and four nodes
+        ([2], 0, {"gpus_per_trial": 0.25}, "--device cpu"),
+        ([8], 2, {"device": "cuda", "gpus_per_trial": 3}, "--gpus-per-trial"),
+        ([8], 2, {"device": "cuda", "workers": 2, "gpus_per_trial": 0.5}, "--gpus-per-trial"),
     ],
 )
-def test_a_trial_that_can_never_fit_is_refused(cpus: int, gpus: int, changes: dict[str, Any], way_out: str) -> None:
+def test_a_trial_that_can_never_fit_is_refused(
+    cpus: list[int], gpus: int, changes: dict[str, Any], way_out: str
+) -> None:
     changes = dict(changes)
-    base = override(BASE, [f"workers={changes.pop('workers', 1)}", "batch.sequences=6"])
+    base = override(BASE, [f"workers={changes.pop('workers', 1)}", "batch.sequences=30"])
     request = SweepRequest(Path("runs"), gpus_per_trial=changes.pop("gpus_per_trial", None))
     with pytest.raises(UserError, match=way_out):
-        slots_of(cluster(cpus, gpus), sweep_of(base, **changes), request)
+        slots_of(cluster(*cpus, gpus=gpus), sweep_of(base, **changes), request)
 
 
 # ---- the winning command ------------------------------------------------------------------------------------
@@ -402,6 +412,61 @@ def test_the_winning_command_of_a_configuration_of_ones_own(tmp_path: Path) -> N
     )
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["another folder", "control: the default"])
+def test_the_winning_command_names_the_runs_folder_where_it_was_named(named: bool, tmp_path: Path) -> None:
+    """Pasted without it, a run begun by another `--runs-dir` would stand among others."""
+    folder = tmp_path / "some where"
+    sweep = replace(sweep_of(folder=folder / "s"), typed_runs_dir=folder if named else None)
+    trial = History().ask(0, {"optim.lr": 2e-2, "batch.sequences": 16})
+    words = shlex.split(command_of(sweep, trial))
+    assert (words[-2:] == ["--runs-dir", str(folder)]) is named
+    assert ("--runs-dir" in words) is named
+
+
+def members(*lineages: list[Exploit]) -> History:
+    """A population of which each member was asked for with the rate of its number and took over from others."""
+    history = History()
+    for number in range(len(lineages)):
+        history.ask(number, {"optim.lr": float(number)})
+    for exploit in sorted((each for lineage in lineages for each in lineage), key=lambda each: each.tokens):
+        history.exploit(exploit)
+    return history
+
+
+def took(trial: int, parent: int, tokens: int, rate: float) -> Exploit:
+    return Exploit(trial, parent, tokens, {"optim.lr": rate})
+
+
+def test_the_winner_of_a_population_is_its_weights() -> None:
+    """Those of the folder in which it ended; never a training from scratch with the last settings."""
+    history = members([took(0, 1, 100, 0.5), took(0, 2, 200, 0.25)], [took(1, 2, 200, 9.0)], [])
+    winner = history.trials[0]
+    sweep = sweep_of(scheduler="pbt", searcher="random", evaluations=4)
+    assert shlex.split(command_of(sweep, winner)) == ["orchestrate", "generate", "s/t0000-x2"]
+    assert command_of(sweep_of(), History().ask(0, {"optim.lr": 1e-3})).startswith("orchestrate train")  # control
+    told = lineage_of(sweep, history, winner)
+    assert "t0002 with optim.lr=2.0, then t0000 from 200 tokens with optim.lr=0.25" in told and "s/t0000-x2" in told
+
+
+def test_the_course_of_weights_is_that_of_those_they_were_taken_from() -> None:
+    """At the time they were taken: what the parent did afterwards is not in them."""
+    history = members([took(0, 1, 200, 0.5)], [took(1, 2, 100, 0.75), took(1, 3, 300, 9.0)], [took(2, 3, 200, 8.0)], [])
+    assert course_of(history, history.trials[0]) == [
+        (0, "t0002", {"optim.lr": 2.0}),
+        (100, "t0001", {"optim.lr": 0.75}),
+        (200, "t0000", {"optim.lr": 0.5}),
+    ]
+    assert course_of(history, history.trials[3]) == [(0, "t0003", {"optim.lr": 3.0})]
+    assert [leg[1] for leg in course_of(history, history.trials[1])] == ["t0003", "t0001"]  # control: by now
+
+
+def test_what_won_a_population_is_not_trained_from_scratch() -> None:
+    for scheduler in ("none", "asha", "median"):
+        check_can_train(scheduler)
+    with pytest.raises(ConfigError, match="--then-train trains from scratch"):
+        check_can_train("pbt")
+
+
 # ---- after the search, and its budgets ------------------------------------------------------------------------
 
 
@@ -411,22 +476,26 @@ def prepared(*tokens: int) -> Any:
 
 
 def test_the_winner_trains_on_the_presets_own_budget(tmp_path: Path) -> None:
-    """However short the trials were; its warm-up covers the tokens that the preset's does."""
+    """However short the trials were; its warm-up covers the tokens that the preset's does. A file that keeps the
+    preset's name has budgets of its own."""
     typed = override(PRESETS["fundamentallm/small"](), ["budget.steps=60", "evaluation.max_tokens=4096"])
     preset = PRESETS["fundamentallm/small"]()
     data = prepared(100_000)
     base = in_tokens(typed, tokens_of_phases(typed, data))
     trial = History().ask(0, {"optim.lr": 2e-3, "batch.sequences": 32})
     sweep = sweep_of(base, folder=tmp_path)
-    full = full_run(sweep, trial, typed, data)
+    full = full_run(sweep, trial, typed, preset, data)
     [trained] = [phase.budget.tokens for phase in full.resolved_phases()]
     assert [trained] == tokens_of_phases(preset, data)
     assert trained != tokens_of_phases(typed, data)[0]
     assert (full.optim.lr, full.batch.sequences, full.seed) == (2e-3, 32, preset.seed)
     assert full.evaluation == typed.evaluation and full.checkpoint == preset.checkpoint
     assert full.schedule.warmup_steps * full.tokens_per_step == preset.schedule.warmup_steps * preset.tokens_per_step
-    own = build_config({**typed.model_dump(mode="json"), "preset": "custom"})
-    assert full_run(sweep, trial, own, data).budget == base.budget  # a configuration of one's own has its own budget
+    (tmp_path / "mine.yaml").write_text(dump_yaml(override(preset, ["budget.steps=20000"])))
+    mine = target.resolve([str(tmp_path / "mine.yaml"), "budget.steps=60"], Flags(), tmp_path)
+    assert mine.loaded is not None and mine.loaded.preset == mine.config.preset == "fundamentallm/small"
+    [trained] = [phase.budget.tokens for phase in full_run(sweep, trial, typed, mine.loaded, data).resolved_phases()]
+    assert trained == 20000 * preset.tokens_per_step
 
 
 def test_every_phase_of_the_winner_has_the_presets_budget(tmp_path: Path) -> None:
@@ -435,7 +504,8 @@ def test_every_phase_of_the_winner_has_the_presets_budget(tmp_path: Path) -> Non
     )
     base = in_tokens(typed, [8 * 512, 8 * 512])
     trial = History().ask(0, {"batch.sequences": 16})
-    full = full_run(sweep_of(base, folder=tmp_path), trial, typed, prepared(10_000, 10_000))
+    own = PRESETS["fundamentallm/two-phase"]()
+    full = full_run(sweep_of(base, folder=tmp_path), trial, typed, own, prepared(10_000, 10_000))
     assert [phase.budget.tokens for phase in full.resolved_phases()] == [800 * 512, 800 * 512]
 
 
@@ -498,7 +568,7 @@ def test_a_sweep_and_the_training_of_its_winner_are_one_json_document(
         raise TrainingFailed("it diverged")
 
     monkeypatch.setattr(full_training, "data_hashes", lambda *_: ())
-    request = SweepRequest(tmp_path, json=True)
+    request = SweepRequest(tmp_path, json=True, then_train=GIVEN)
     told: list[Any] = []
     for way, raised, document in ((trained, None, found), (trained, None, None), (failed, TrainingFailed, found)):
         monkeypatch.setattr(launch, "train", way)

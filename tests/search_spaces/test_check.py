@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from search_spaces import precisions
 from search_spaces.check import check
 from search_spaces.precisions import Device
 from search_spaces.space import Axis, Choice, Domain, Float, Int, Space, When
@@ -225,6 +226,17 @@ def test_a_precision_that_cannot_start_is_refused(name: str, device: Device, cha
     found = problems(override(SMALL, changes), Axis("precision", Choice(("fp32", name))), device=device)
     assert len(found) == (said is not None)
     assert said is None or said in found[0]
+
+
+def test_what_is_not_installed_counts_only_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A space that another machine is to search is checked for everything else."""
+    monkeypatch.setattr(precisions, "find_spec", lambda name: None)
+    space = Space((Axis("precision", Choice(("bf16", "int8"))),))
+    with pytest.raises(ConfigError, match="pip install bitsandbytes"):
+        check(space, SMALL, "cuda")
+    check(space, SMALL, "cuda", packages=False)
+    with pytest.raises(ConfigError, match="no kernels for MPS"):  # the control: what no package mends
+        check(space, SMALL, "mps", packages=False)
 
 
 def test_an_empty_space_is_refused() -> None:

@@ -1,6 +1,8 @@
 """The cells of the table in docs/precision.md: each one is tried, and says what happened.
 
-`python -m tests.trainers.compatibility_cells [ENGINE ...]` tries them and puts the table into the page.
+`python -m tests.trainers.compatibility_cells [--untried] [ENGINE ...]` tries them and puts them into the page, one
+after the other, so that it may be stopped and gone on with: `--untried` leaves out what has been judged. It ends with 1
+where a cell failed.
 """
 
 from __future__ import annotations
@@ -46,11 +48,13 @@ OPTIMIZERS: dict[str, list[str]] = {
 }
 ENGINES: dict[str, list[str]] = {
     "torch": [],
+    "torch, 2 workers": ["workers=2"],
     "torch, compile": ["compile=true"],
     "FSDP2": ["parallel=fsdp", "workers=2"],
     "FSDP2, compile": ["parallel=fsdp", "workers=2", "compile=true"],
     **{f"ZeRO-{n}": ["engine=deepspeed", f"deepspeed.zero_stage={n}", "workers=2"] for n in (2, 3)},
-    "DeepSpeed, compile": ["engine=deepspeed", "workers=2", "compile=true"],
+    "ZeRO-2, compile": ["engine=deepspeed", "deepspeed.zero_stage=2", "workers=2", "compile=true"],
+    "ZeRO-3, compile": ["engine=deepspeed", "deepspeed.zero_stage=3", "workers=2", "compile=true"],
 }
 QUICK = ("torch",)
 """engines that take no seconds a cell"""
@@ -65,6 +69,8 @@ PROMISED: dict[str, tuple[set[str], set[str]]] = {
     "bf16 weights": ({"bfloat16"}, {"float32"}),
 }
 COUNTS = {"int64"}
+STANDING = ("runs", "refused", "needs a GPU")
+"""what a cell of the finished page may say"""
 NO_KERNEL = re.compile(r"not implemented for|Could not run '|no kernel", re.IGNORECASE)
 
 
@@ -77,10 +83,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Found:
-    """`runs`, `refused` or `needs a GPU`, and why: a sentence for each reason."""
+    """`runs`, `refused`, `needs a GPU` or `failed`, and why: a sentence for each reason. `untried`: nobody knows."""
 
     verdict: str
     reasons: tuple[str, ...] = ()
+
+
+UNTRIED = Found("untried")
 
 
 def cells(engines: Sequence[str] = tuple(ENGINES)) -> Iterator[Cell]:
@@ -114,7 +123,7 @@ class Bench:
         return self.folder / "base"
 
     def attempt(self, cell: Cell) -> Found:
-        """Raises AssertionError for a run whose loss does not fall or whose dtypes are not the promised ones."""
+        """What happens. `failed`: the training broke off, its loss did not fall, or its types are not the promised."""
         try:
             config = self.config(cell)
             check_machine(config, "cpu")
@@ -126,13 +135,15 @@ class Bench:
                 _train(config, run)
             else:
                 ending = attempt(config, run, workers=config.workers)
-                assert ending.state == "finished", (cell, ending)
-        except RuntimeError as error:
-            if NO_KERNEL.search(str(error)) is None:
-                raise
-            return Found("needs a GPU", (str(error).splitlines()[0],))
-        _judge(cell, run)
-        shutil.rmtree(run)
+                assert ending.state == "finished", f"a worker ended with {ending.exitcode} {ending.failure}"
+            _judge(cell, run)
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            if isinstance(error, RuntimeError) and NO_KERNEL.search(str(error)):
+                return Found("needs a GPU", (lines[0],))
+            return Found("failed", (f"{cell.precision}, {cell.optimizer}, {cell.engine}: {lines[0]}",))
+        finally:
+            shutil.rmtree(run, ignore_errors=True)
         return Found("runs")
 
 
@@ -147,18 +158,21 @@ def _train(config: RunConfig, run: Path) -> None:
 
 
 def _judge(cell: Cell, run: Path) -> None:
+    """AssertionError, in a line, for a loss that does not fall and for types that are not promised."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
-    assert sum(losses[-5:]) < 0.97 * sum(losses[:5]), (cell, losses)
+    first, last = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
+    assert last < 0.97 * first, f"the loss went from {first:.4f} to {last:.4f}"
     seen: dict[str, set[str]] = {"parameters": set(), "optimizer": set()}
     for key in {key for row in rows for key in row}:
         if found := re.fullmatch(r"dtypes/(parameters|optimizer)/(\w+)_bytes", key):
             seen[found[1]].add(found[2])
     zero_mixed = cell.engine.startswith("ZeRO") and cell.precision == "bf16"  # fp32 master weights are shared out
     parameters, state = ({"bfloat16"}, {"float32"}) if zero_mixed else PROMISED[cell.precision]
-    assert seen["parameters"] == parameters, (cell, seen)
+    assert seen["parameters"] == parameters, f"parameters are {sorted(seen['parameters'])}, not {sorted(parameters)}"
     stateless = cell.optimizer == "sgd" and not seen["optimizer"]
-    assert stateless or seen["optimizer"] - COUNTS == state, (cell, seen)
+    kept = seen["optimizer"] - COUNTS
+    assert stateless or kept == state, f"optimizer state is {sorted(kept)}, not {sorted(state)}"
 
 
 # ---- the page -------------------------------------------------------------------------------------------------
@@ -186,37 +200,48 @@ def written() -> str:
 
 
 def read(table: str) -> dict[Cell, Found]:
-    """The cells of a rendered table."""
+    """The cells of a rendered table; it may have been rendered with other engines."""
     reasons = dict(re.findall(r"^(\d+)\. (.+)$", table, re.M))
-    found = {}
+    found: dict[Cell, Found] = {}
+    engines: list[str] = []
     for line in table.splitlines():
         columns = [column.strip() for column in line.strip("|").split("|")]
-        if len(columns) != 2 + len(ENGINES) or columns[0] not in WORDS:
+        if columns[0] == "precision":
+            engines = columns[2:]
+        if columns[0] not in WORDS:
             continue
-        for engine, text in zip(ENGINES, columns[2:], strict=True):
+        for engine, text in zip(engines, columns[2:], strict=True):
             verdict, _, numbers = text.rstrip(")").partition(" (")
             why = tuple(reasons[number] for number in numbers.split(", ") if number)
             found[Cell(columns[0], columns[1], engine)] = Found(verdict, why)
     return found
 
 
-def main(engines: Sequence[str]) -> None:
-    """Try the cells of `engines` (none named: of all) and put them into the page."""
+def put(found: dict[Cell, Found]) -> None:
+    """Write the table into the page."""
+    table = render({cell: found.get(cell, UNTRIED) for cell in cells()})
+    head, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    temporary = PAGE.with_suffix(".tmp")
+    temporary.write_text(f"{head}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    os.replace(temporary, PAGE)
+
+
+def main(words: Sequence[str]) -> int:
+    """Try the cells of the named engines (none named: of all), the exit code."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    engines = tuple(word for word in words if word != "--untried") or tuple(ENGINES)
     found = read(written())
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
-        for cell in cells(tuple(engines) or tuple(ENGINES)):
-            try:
-                found[cell] = bench.attempt(cell)
-            except AssertionError as error:
-                found[cell] = Found("untried")
-                print(error)
+        for cell in cells(engines):
+            if "--untried" in words and found.get(cell, UNTRIED).verdict in STANDING:
+                continue
+            found[cell] = bench.attempt(cell)
+            put(found)
             print(cell, found[cell], flush=True)
-    table = render({cell: found.get(cell, Found("untried")) for cell in cells()})
-    head, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    PAGE.write_text(f"{head}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    put(found)
+    return int(any(what.verdict == "failed" for what in found.values()))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor
+from torch import Tensor, nn
 
+from trainers.census import gradient_sizes
 from trainers.config import OptimConfig, RunConfig
 from trainers.config_io import build_config
 from trainers.data.types import Batch
 from trainers.engines import Engine, build_engine
+from trainers.errors import CheckpointError
 from trainers.models import build_model
 from trainers.objectives.language_model import LanguageModel
 from trainers.precision import autocast
@@ -88,8 +90,18 @@ def take_step(engine: Engine, step: int, rank: int, ranks: int, *, lr: float = L
     return sum(losses)
 
 
-def gradients(engine: Engine, step: int, rank: int, ranks: int, losses: list[float], *, factor: float = 1.0) -> None:
-    """Those of one step; `factor` spoils the loss of the first micro-batch."""
+def gradients(
+    engine: Engine,
+    step: int,
+    rank: int,
+    ranks: int,
+    losses: list[float],
+    *,
+    factor: float = 1.0,
+    held: list[int] | None = None,
+) -> None:
+    """Those of one step; `factor` spoils the loss of the first micro-batch. `held`: takes in what they occupy after
+    each micro-batch, in bytes."""
     tokens, targets = rows_of(step)
     n, share = int((targets != -100).sum()), ROWS // ranks
     own = slice(rank * share, (rank + 1) * share)
@@ -99,6 +111,8 @@ def gradients(engine: Engine, step: int, rank: int, ranks: int, losses: list[flo
             loss = LanguageModel().loss(model, Batch(inputs, wanted, int((wanted != -100).sum())), None)
             engine.backward(engine.normalise(loss.total, n) * (factor if index == 0 else 1.0))
         losses.append(loss.total.item() / n)
+        if held is not None:
+            held.append(sum(gradient_sizes([*engine.gradients(), *unsharded_gradients(engine.module)]).values()))
 
 
 def copied(engine: Engine) -> Tensors:
@@ -171,6 +185,28 @@ def continued(kind: str, rank: int, ranks: int, saved: Results) -> Results:
     return {"differing": differing(end, saved["end"]), "first_forward": torch.equal(first, saved["first_forward"])}
 
 
+def started(kind: str, rank: int, ranks: int, saved: Results) -> Results:
+    """From the weights alone of a run that kept them in bf16: the tensors that are not those, before and after."""
+    engine = engine_for(kind, ranks)
+    halves = {name: t.bfloat16() for name, t in files_of(saved["middle"])["model"].items()}
+    want = {f"model/{name}": t.float() for name, t in halves.items()}
+    before = {name: t for name, t in shared(copied(engine)).items() if name in want}
+    engine.load({"model": halves}, {}, optimizer=False)
+    after = {name: t for name, t in shared(copied(engine)).items() if name in want}
+    reference = build_model(config_for(kind, ranks).model, VOCABULARY)
+    reference.load_state_dict({name: t.float() for name, t in halves.items()}, strict=False)
+    with torch.no_grad():
+        right = torch.equal(forward(engine), reference(rows_of(0)[0][:MICRO])[0])
+    refused = False
+    try:
+        engine.load({**files_of(saved["middle"]), "model": halves}, saved["state"], optimizer=True)
+    except CheckpointError:
+        refused = True
+    engine.close()
+    moved = differing(before, want)
+    return {"moved": moved, "differing": differing(after, want), "first_forward": right, "refused": refused}
+
+
 def stale(kind: str, rank: int, ranks: int, saved: Results) -> bool:
     """Whether the first forward is right where DeepSpeed's setters alone have taken over the saved weights."""
     engine = engine_for(kind, ranks)
@@ -238,6 +274,12 @@ def measured(kind: str, rank: int, ranks: int, folder: Path, sent: list[float]) 
     in_a_step = sum(sent)
     held = held_bytes(engine)
     engine.close()
+    engine = engine_for(kind, ranks, **{**changes, "batch": {"sequences": ROWS, "micro_sequences": MICRO}})
+    take_step(engine, 0, rank, ranks)
+    adding: list[int] = []
+    gradients(engine, 1, rank, ranks, [], held=adding)
+    held |= {"adding": adding[0], "gradients": adding[-1]}
+    engine.close()
     return {"sent": in_a_step, "held": held}
 
 
@@ -255,7 +297,7 @@ def take_whole_step(engine: Engine, step: int, rank: int, ranks: int) -> None:
 
 
 def held_bytes(engine: Engine) -> dict[str, int]:
-    """Of the weights at rest, and of what the optimizer keeps (moments, and weights of its own)."""
+    """Of the weights at rest, of the moments, and of the weights that are updated beside them."""
 
     def local(tensor: Tensor) -> Tensor:
         to_local = getattr(tensor, "to_local", None)
@@ -264,9 +306,21 @@ def held_bytes(engine: Engine) -> dict[str, int]:
     weights = [getattr(p, "ds_tensor", p) for p in engine.module.parameters()]
     state = [tensor for state in engine.optimizer.state.values() for tensor in state.values() if tensor.dim()]
     return {
-        "weights": sum(local(tensor.detach()).numel() * 4 for tensor in weights),
-        "moments": sum(local(tensor).numel() * 4 for tensor in state),
+        "weights": sum(size(local(tensor.detach())) for tensor in weights),
+        "moments": sum(size(local(tensor)) for tensor in state),
+        "masters": sum(size(tensor) for tensor in engine.masters()),
     }
+
+
+def unsharded_gradients(model: nn.Module) -> Iterator[Tensor]:
+    """What FSDP2 adds up until it is exchanged, where torch keeps it."""
+    for module in model.modules():
+        state = getattr(module, "_get_fsdp_state", lambda: None)()
+        for group in state._fsdp_param_groups if state else ():
+            for parameter in group.fsdp_params:
+                whole = getattr(parameter, "_unsharded_param", None)
+                both = (parameter.unsharded_accumulated_grad, None if whole is None else whole.grad)
+                yield from (gradient for gradient in both if gradient is not None)
 
 
 @contextlib.contextmanager
@@ -318,6 +372,7 @@ def two_ranks(rank: int, folder: Path, kinds: list[str]) -> None:
                 results["stale"] = stale(kind, rank, 2, results["trained"])
             results["spoiled"] = spoiled(kind, rank, 2)
             if kind in SLICED:
+                results["started"] = started(kind, rank, 2, results["trained"])
                 results["phases"] = {optimizer: two_phases(kind, optimizer, rank, 2) for optimizer in OPTIMIZERS}
             results["measured"] = measured(kind, rank, 2, folder, sent)
             torch.save(results, folder / f"{kind}-{rank}.pt")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.trainers.small_runs import WORDS, config_for
-from trainers.batch_probe import Job, Probe, is_out_of_memory
+from trainers.batch_probe import FIRST_PATIENCE_S, PATIENCE_S, Job, Probe, is_out_of_memory, warm_steps
 from trainers.data.prepare import prepare
 
 PROJECT = Path(__file__).parents[2]
@@ -68,6 +68,28 @@ def test_more_rows_take_more_memory_by_what_they_need(job: Job) -> None:
     a_row = (many.training_bytes - few.training_bytes) / 252
     # the hidden vectors, attention weights and logits that a row keeps for the backward pass, in fp32
     assert 100 * 1024 < a_row < 2 * MIB
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps", "timed"),
+    [
+        ([9, 3, 1, 1, 1], 3, [1, 1, 1]),
+        ([PATIENCE_S + 10, 3, 1, 1, 1], 3, [1, 1, 1]),  # it compiled for longer than all steps may take
+        ([FIRST_PATIENCE_S + 10, 1, 1, 1], 3, [1, 1, 1]),  # so long that nobody waits for a second warm-up
+        ([9, 3, PATIENCE_S - 1, 2, 2, 2], 4, [PATIENCE_S - 1, 2]),
+        ([PATIENCE_S + 10, 3, PATIENCE_S + 1, 2], 4, [PATIENCE_S + 1]),  # slow, but a step all the same
+    ],
+)
+def test_a_first_step_is_no_timing_however_long_it_takes(seconds: list[float], steps: int, timed: list[float]) -> None:
+    """Steps that take as long as they are told to, by a clock that they alone move."""
+    now, to_come = [0.0], iter(seconds)
+
+    def step() -> float:
+        taken = next(to_come)
+        now[0] += taken
+        return taken
+
+    assert warm_steps(step, steps, lambda: now[0]) == timed
 
 
 def test_a_limit_below_what_the_libraries_take_ends_it_before_the_first_step(job: Job) -> None:

@@ -12,8 +12,9 @@ import pytest
 
 from trainers import deepspeed_config
 from trainers.config import RunConfig
-from trainers.config_io import build_config, fingerprint_fields
-from trainers.deepspeed_config import check_deepspeed, ds_config
+from trainers.config_io import build_config, differences, fingerprint, fingerprint_fields
+from trainers.deepspeed_config import BUCKET, check_deepspeed, ds_config, tuned_by
+from trainers.deepspeed_file import TUNABLE, ZERO
 from trainers.errors import ConfigError
 from trainers.identity import with_workers_of
 
@@ -39,7 +40,7 @@ def deepspeed(**changes: Any) -> RunConfig:
         ({"precision": {"optimizer_state": "int8"}}, "8-bit state could not be saved"),
         ({"precision": {"compute": "bf16", "bf16_weights": True}}, "fp32 master weights"),
         ({"optim": {"name": "lion"}}, "its state cannot be read back"),
-        ({"compile": True}, "compile=true with engine=deepspeed"),
+        ({"compile": True, "deepspeed": {"zero_stage": 3}}, "compile=true with deepspeed.zero_stage=3"),
         ({"device": "mps"}, "not supported on device=mps"),
         ({"phases": PHASES}, "lays out its optimizer once"),
         ({"engine": "torch", "parallel": "fsdp", "precision": {"optimizer_state": "int8"}}, "blocks of whole tensors"),
@@ -55,7 +56,8 @@ def test_what_does_go_together_is_taken() -> None:
     for stage in range(4):
         deepspeed(deepspeed={"zero_stage": stage}, precision={"compute": "bf16"})
     deepspeed(deepspeed={"zero_stage": 3, "offload_parameters": True, "offload_optimizer": True})
-    deepspeed(engine="torch", parallel="fsdp", precision={"compute": "bf16"})
+    deepspeed(engine="torch", parallel="fsdp", precision={"compute": "bf16"}, compile=True)
+    deepspeed(deepspeed={"zero_stage": 2}, compile=True)
 
 
 def test_the_engine_and_the_workers_are_all_that_a_run_may_change_when_it_is_reshaped() -> None:
@@ -109,6 +111,12 @@ def test_a_file_tunes_what_it_may_and_agrees_with_the_rest(tmp_path: Path) -> No
         ({"activation_checkpointing": {"partition_activations": True}}, "set model.activation_checkpointing"),
         ({"zero_optimization": {"zero_quantized_weights": True}}, "not known to leave the training"),
         ({"tensor_parallel": {"autotp_size": 2}}, "not known to leave the training"),
+        ({"zero_optimization": {"reduce_bucket_size": "big"}}, 'is "big" there, and must be a whole number, 1 or more'),
+        ({"zero_optimization": {"reduce_bucket_size": 0}}, "must be a whole number, 1 or more"),
+        ({"zero_optimization": {"allgather_bucket_size": 1.5}}, "must be a whole number, 0 or more"),
+        ({"zero_optimization": {"sub_group_size": True}}, "must be a whole number, 0 or more"),
+        ({"zero_optimization": {"overlap_comm": 1}}, "must be true or false"),
+        ({"comms_logger": {"prof_ops": "all"}}, "must be a list of texts"),
         ("[1]", "must be a JSON object"),
         ("{", "not JSON"),
     ],
@@ -120,6 +128,76 @@ def test_a_file_that_contradicts_the_run_is_refused_by_key_and_value(
     with pytest.raises(ConfigError) as refused:
         check_deepspeed(config, "cpu")
     assert told in str(refused.value)
+
+
+def test_none_is_a_device_only_where_the_run_offloads_nothing(tmp_path: Path) -> None:
+    for nothing in ({"device": "none"}, {"device": None}, None):
+        content = {"zero_optimization": {"offload_optimizer": nothing}}
+        config = with_file(tmp_path / "ds.json", content)
+        assert "offload_optimizer" not in ds_config(config, config.optim)["zero_optimization"]
+        offloads = config.deepspeed.model_copy(update={"offload_optimizer": True})
+        with pytest.raises(ConfigError, match="offload_optimizer"):
+            ds_config(config.model_copy(update={"deepspeed": offloads}), config.optim)
+
+
+def test_whole_numbers_may_be_written_as_these_files_have_them(tmp_path: Path) -> None:
+    content = '{"zero_optimization": {"reduce_bucket_size": 5e8, "sub_group_size": null, "overlap_comm": "auto"}}'
+    config = with_file(tmp_path / "ds.json", content)
+    told = ds_config(config, config.optim)["zero_optimization"]
+    assert (told["reduce_bucket_size"], type(told["reduce_bucket_size"])) == (500_000_000, int)
+    assert "sub_group_size" not in told and "overlap_comm" not in told
+
+
+@pytest.mark.parametrize("path", TUNABLE)
+def test_deepspeed_takes_what_we_let_through_and_not_what_we_refuse(path: str) -> None:
+    """Its own schema is the judge of ours."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    top, *sections, key = path.split(".") if "." in path else ("", path)
+    schema = {ZERO: DeepSpeedZeroConfig, "comms_logger": CommsLoggerConfig}.get(top)
+    if schema is None:
+        return  # read by hand there, without a check
+
+    def taken(value: Any) -> bool:
+        data = {key: value}
+        for section in reversed(sections):
+            data = {section: data}
+        try:
+            schema(**data)
+        except ValidationError:
+            return False
+        return True
+
+    takes = TUNABLE[path]
+    right, wrong = {"switch": (True, "big"), "names": (["all_reduce"], "big")}.get(str(takes), (takes, "big"))
+    assert taken(right) and not taken(wrong)
+    assert not isinstance(takes, int) or "module_granularity" in path or not taken(takes - 1)
+
+
+def test_the_identity_of_a_run_knows_what_its_file_tunes_and_not_where_it_lies(tmp_path: Path) -> None:
+    tuned = {"zero_optimization": {"reduce_bucket_size": 1000}}
+
+    def fields(name: str, content: object) -> dict[str, Any]:
+        config = with_file(tmp_path / name, content)
+        found = fingerprint_fields(config, ("h",), "", tuned_by(config))
+        assert (fingerprint(config, ("h",), "", tuned_by(config)) == digest) == (found == plain)
+        return found
+
+    bare = deepspeed(deepspeed={"zero_stage": 2})
+    plain = fingerprint_fields(bare, ("h",), "", tuned_by(bare))
+    digest = fingerprint(bare, ("h",), "", tuned_by(bare))
+    assert fields("a.json", tuned) == fields("b.json", {**tuned, "steps_per_print": 7, "train_batch_size": 8}) != plain
+    assert fields("c.json", {"zero_optimization": {"reduce_bucket_size": BUCKET}}) == plain  # what the run says anyway
+    other = fields("a.json", {"zero_optimization": {"reduce_bucket_size": 2000}})  # the same path, another content
+    assert differences(fields("b.json", tuned), other) == [
+        "deepspeed.config.zero_optimization.reduce_bucket_size: 1000 -> 2000"
+    ]
+    assert with_workers_of(plain, other) == other  # as all of the engine's settings
+    by_path = fingerprint_fields(with_file(tmp_path / "a.json", tuned), ("h",))
+    assert by_path != fingerprint_fields(with_file(tmp_path / "b.json", tuned), ("h",))  # the negative control
 
 
 def test_a_missing_file_or_package_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

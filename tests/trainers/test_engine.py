@@ -17,6 +17,7 @@ from trainers.errors import CheckpointError, ConfigError, TrainingFailed
 from trainers.incidents import DeviceIncidents, Update
 from trainers.objectives.language_model import LanguageModel
 from trainers.optim import parameter_groups
+from trainers.weights import prepare_weights
 
 VOCABULARY = 13
 CPU = torch.device("cpu")
@@ -40,11 +41,23 @@ class Tiny(nn.Module):
         return self.head(torch.tanh(self.hidden(self.embedding(tokens)))) * self.scale, None
 
 
-def build(model: nn.Module | None = None, *, compute: str = "fp32", compile: bool = False, **optim: Any) -> TorchEngine:
-    return TorchEngine(
+def build(
+    model: nn.Module | None = None,
+    *,
+    compute: str = "fp32",
+    bf16_weights: bool = False,
+    compile: bool = False,
+    **optim: Any,
+) -> TorchEngine:
+    model, precision = (
         model or Tiny(),
+        PrecisionConfig.model_validate({"compute": compute, "bf16_weights": bf16_weights}),
+    )
+    prepare_weights(model, precision)
+    return TorchEngine(
+        model,
         optim=OptimConfig(**{"lr": 1e-2, "weight_decay": 0.1, **optim}),
-        precision=PrecisionConfig(compute=compute),  # type: ignore[arg-type]
+        precision=precision,
         device=CPU,
         world_size=1,
         compile=compile,
@@ -230,6 +243,27 @@ def test_weights_alone_can_be_taken_over() -> None:
     engine.load({"model": source.tensors()["model"]}, {}, optimizer=False)
     assert same(engine.tensors()["model"], source.tensors()["model"])
     assert all(not t.any() for t in engine.tensors()["optimizer"].values())
+
+
+def test_weights_of_another_type_are_a_start_and_nothing_to_go_on_with() -> None:
+    """bf16 weights from an fp32 run are rounded to the nearest, fp32 ones from a bf16 run are widened exactly."""
+    wide, half = build(), build(compute="bf16", bf16_weights=True)
+    run_step(wide, 0)
+    run_step(half, 0)
+    for source, kind in ((wide, {"compute": "bf16", "bf16_weights": True}), (half, {})):
+        files, state = saved(source)
+        engine = build(**kind)
+        before, own = everything(engine), {name: t.dtype for name, t in engine.tensors()["model"].items()}
+        with pytest.raises(CheckpointError, match=r"hidden\.weight is"):
+            engine.load(files, state, optimizer=True)
+        assert same(everything(engine), before)
+        engine.load(files, {}, optimizer=False)
+        for name, tensor in engine.tensors()["model"].items():
+            assert tensor.dtype == own[name]
+            assert torch.equal(tensor, files["model"][name].to(tensor.dtype))
+    files["model"]["hidden.weight"] = torch.zeros(3, 3)
+    with pytest.raises(CheckpointError, match=r"hidden.weight is .*\(3, 3\)"):
+        build().load(files, {}, optimizer=False)
 
 
 def test_a_phase_takes_new_settings_and_fresh_or_kept_moments() -> None:

@@ -17,17 +17,22 @@ pytest.importorskip("deepspeed")
 # bytes that a worker sends in a step / bytes of the weights, with 2 workers (Rajbhandari et al. 2020, section 7): all
 # algorithms send (n - 1)/n of 2, or 3 where weights are gathered for the backward once more
 THEORY = {"fsdp": 3, "zero 0": 2, "zero 1": 2, "zero 2": 2, "zero 3": 3, "zero 2 offload": 2, "zero 3 offload": 3}
-# the share of weights, and of moments, that a worker keeps
+# what a worker keeps / bytes of the fp32 weights: weights to compute with, gradients while they add up and before the
+# update, moments, and weights to update beside the first ones
 KEPT = {
-    "ddp": (1, 1),
-    "fsdp": (1 / 2, 1 / 2),
-    "zero 0": (1, 1),
-    "zero 1": (1, 1 / 2),
-    "zero 2": (1, 1 / 2),
-    "zero 3": (1 / 2, 1 / 2),
-    "zero 2 offload": (1, 1 / 2),
-    "zero 3 offload": (1 / 2, 1 / 2),
+    "ddp": (1, 1, 1, 2, 0),
+    "fsdp": (1 / 2, 1, 1 / 2, 1, 0),
+    "zero 0": (1, 1, 1, 2, 0),
+    "zero 1": (1, 1, 1 / 2, 1, 1 / 2),
+    "zero 2": (1, 1 / 2, 1 / 2, 1, 1 / 2),
+    "zero 3": (1 / 2, 1 / 2, 1 / 2, 1, 1 / 2),
+    "zero 1 bf16": (1 / 2, 1 / 2, 1 / 4, 1, 1 / 2),
+    "zero 3 bf16": (1 / 4, 1 / 4, 1 / 4, 1, 1 / 2),
+    # offloaded gradients lie once where they add up and once where the update reads them
+    "zero 2 offload": (1, 1, 1, 1, 1 / 2),
+    "zero 3 offload": (1 / 2, 1, 1, 1, 1 / 2),
 }
+PARTS = ("weights", "adding", "gradients", "moments", "masters")
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +74,16 @@ def test_a_restart_is_invisible(kind: str, two: dict[str, list[Results]]) -> Non
     for result in two[kind]:
         assert result["continued"]["differing"] == []
         assert result["continued"]["first_forward"]
+
+
+@pytest.mark.parametrize("kind", contract.SLICED)
+def test_weights_of_another_type_are_a_start_and_nothing_to_go_on_with(
+    kind: str, two: dict[str, list[Results]]
+) -> None:
+    for result in two[kind]:
+        started = result["started"]
+        assert started["moved"] and started["differing"] == [] and started["refused"]
+        assert started["first_forward"]
 
 
 @pytest.mark.parametrize("kind", contract.WITH_COPIES)
@@ -128,6 +143,5 @@ def test_a_step_sends_what_theory_says(kind: str, two: dict[str, list[Results]])
 def test_a_worker_keeps_the_share_that_it_should(kind: str, two: dict[str, list[Results]]) -> None:
     weights = 4 * parameter_count(config_for(kind, 2, model=contract.LARGER).model, VOCABULARY)
     for result in two[kind]:
-        held = result["measured"]["held"]
-        assert held["weights"] == pytest.approx(KEPT[kind][0] * weights, rel=0.05)
-        assert held["moments"] == pytest.approx(KEPT[kind][1] * 2 * weights, rel=0.05)
+        shares = {part: result["measured"]["held"][part] / weights for part in PARTS}
+        assert shares == pytest.approx(dict(zip(PARTS, KEPT[kind], strict=True)), rel=0.05)

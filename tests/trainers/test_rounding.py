@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from tests.trainers import small_runs
+from tests.trainers.crash import attempt, finished
+from tests.trainers.small_runs import config_for
 from trainers.config import OptimConfig, PrecisionConfig
+from trainers.config_io import override
+from trainers.manifest import newest
 from trainers.optim import build_optimizer, parameter_groups
 from trainers.rounding import round_stochastically
 
@@ -84,3 +91,17 @@ def test_moments_are_kept_in_fp32() -> None:
     settings = OptimConfig()
     optimizer = build_optimizer(parameter_groups(model, settings), settings, CPU, PURE)
     assert optimizer.state[model.weight]["exp_avg_sq"].dtype == torch.float32
+
+
+def test_a_run_with_bf16_weights_starts_from_one_without_and_the_other_way_round(tmp_path: Path) -> None:
+    config = config_for(small_runs.write_text(tmp_path), samples={"count": 0})
+    pure = ["precision.compute=bf16", "precision.bf16_weights=true"]
+    wide, narrow, again = tmp_path / "wide", tmp_path / "narrow", tmp_path / "again"
+    first = finished(attempt(config, wide)).rows
+    second = finished(attempt(override(config, [*pure, f"init_from={wide}"]), narrow)).rows
+    third = finished(attempt(override(config, [f"init_from={narrow}"]), again)).rows
+    kinds = {path: {t.dtype for t in newest(path / "checkpoints").load("model").values()} for path in (wide, narrow)}  # type: ignore[union-attr]
+    assert kinds == {wide: {torch.float32}, narrow: {torch.bfloat16}}
+    fresh, *begun = ([row["train/loss"] for row in rows if "train/loss" in row] for rows in (first, second, third))
+    for losses in begun:  # each goes on where the one before stood, not where a new model stands
+        assert losses[0] < (fresh[0] + fresh[-1]) / 2

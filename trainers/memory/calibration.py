@@ -1,22 +1,32 @@
-"""Calibration: what a device adds to the tensors, learnt from runs that were measured; a file of JSON. No torch."""
+"""Calibration: what a device adds to the tensors, learnt from runs that were measured; a file of JSON.
+
+Imports torch only where it is asked for "cuda", to learn the card's name.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import re
 import statistics
 import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 FILE = "memory.json"
 MIB = 1 << 20
 KEPT = 64  # measurements of a device: the oldest are forgotten
-FEWEST = 3  # measurements from which the constant is theirs
+FEWEST = 3  # measurements of memory from which the constant is theirs
+IN_THE_PROCESS = ("cpu", "mps")  # devices whose memory is the process's
+SEVERAL_SIZES = ("a100", "v100")  # cards of one name that come with more than one memory
+NO_PART_OF_A_NAME = re.compile(r"\b(nvidia|geforce|tesla|quadro|gpu|sxm\d?|pcie|nvl|hbm\d\w?)\b|\brtx(?=[\s_-]*a\d)")
 
 
 @dataclass(frozen=True)
@@ -27,8 +37,8 @@ class Sample:
     """for a person: preset, precision, rows"""
     tensor_bytes: int
     """predicted: all but what the device adds"""
-    measured_bytes: int
-    """at most, of the whole process on the CPU, of the allocator on CUDA"""
+    measured_bytes: int | None
+    """at most: of the whole process on the CPU, of what the allocator held on CUDA; None: only its speed counts"""
     flops_per_s: float | None = None
     """model FLOPs a second, over the whole step"""
     speed_of: str = ""
@@ -40,7 +50,7 @@ class Calibration:
     """What one kind of device adds."""
 
     device: str
-    """cpu, or the name of a card"""
+    """as `device_key` names it"""
     process_bytes: int
     """of a process before its model is built: Python, torch and their libraries; on CUDA the context"""
     constant_bytes: int
@@ -50,7 +60,7 @@ class Calibration:
     compiled: float = 1.0
     """activations of a compiled model beside those of an eager one"""
     measured_on: str = ""
-    """the date of the last sample; empty: the values are what is usual"""
+    """the date of the last sample that the constant is the median of; empty: the values are what is usual"""
     samples: tuple[Sample, ...] = field(default=())
 
     def total(self, tensor_bytes: float) -> int:
@@ -66,36 +76,71 @@ class Calibration:
         known = [each.flops_per_s for each in self.samples if each.flops_per_s and each.speed_of == speed_of]
         return statistics.median(known) if known else None
 
+    @property
+    def unseen_bytes(self) -> int:
+        """The part of `process_bytes` that no measurement has: the context of a card, outside of the allocator."""
+        return 0 if self.device in IN_THE_PROCESS else self.process_bytes
+
     def refined(self, sample: Sample, date: str) -> Calibration:
         """This one with a further measurement; the constant is the median of what the samples leave to it."""
         samples = (*self.samples, sample)[-KEPT:]
-        known = replace(self, samples=samples, measured_on=date)
-        if len(samples) < FEWEST:
-            return known
-        left = [each.measured_bytes - self.process_bytes - self.factor * each.tensor_bytes for each in samples]
-        return replace(known, constant_bytes=max(0, round(statistics.median(left))))
+        seen = self.process_bytes - self.unseen_bytes
+        left = [
+            each.measured_bytes - seen - self.factor * each.tensor_bytes
+            for each in samples
+            if each.measured_bytes is not None
+        ]
+        if len(left) < FEWEST or sample.measured_bytes is None:
+            return replace(self, samples=samples)
+        constant = max(0, round(statistics.median(left)))
+        return replace(self, samples=samples, constant_bytes=constant, measured_on=date)
 
 
 USUAL = {
     "cpu": Calibration("cpu", process_bytes=360 * MIB, constant_bytes=100 * MIB),
-    "cuda": Calibration("cuda", process_bytes=0, constant_bytes=550 * MIB, factor=1.04),
+    "cuda": Calibration("cuda", process_bytes=480 * MIB, constant_bytes=70 * MIB, factor=1.04),
     "mps": Calibration("mps", process_bytes=330 * MIB, constant_bytes=200 * MIB),
 }
 """What is assumed of a device that has not been measured: on CUDA the context, cuBLAS's workspace and fragmentation"""
 
 
+def card_key(name: str) -> str:
+    """One name of a card for the driver's and a person's: `NVIDIA A100-SXM4-40GB` and `a100-40` are `a100-40`."""
+    words = re.split(r"[\s_-]+", NO_PART_OF_A_NAME.sub(" ", name.lower()).strip(" _-"))
+    memory = re.fullmatch(r"(\d{1,3})(gb)?", words[-1]) if len(words) > 1 else None
+    family = "".join(words[:-1] if memory else words)
+    return f"{family}-{memory[1]}" if memory and family in SEVERAL_SIZES else family
+
+
+def device_key(device: str) -> str:
+    """What a device's measurements are kept under: cpu, mps or its card's name; `cuda` is the card that is here."""
+    kind = device.split(":")[0]
+    if kind in IN_THE_PROCESS:
+        return kind
+    return _card_here() if kind == "cuda" else card_key(device)
+
+
+@cache
+def _card_here() -> str:
+    import torch
+
+    return card_key(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cuda"
+
+
 def calibration_of(device: str, folder: Path | None) -> Calibration:
     """What is known of `device` (cpu, cuda, mps or a card's name), else what is usual.
 
-    A file that cannot be read is taken for none: it only ever sharpens a prediction.
+    What cannot be read is taken for nothing: it only ever sharpens a prediction.
     """
-    usual = USUAL.get(device.split(":")[0]) or replace(USUAL["cuda"], device=device)
-    if folder is None:
-        return usual
-    stored = _read(folder).get(device)
+    key = device_key(device)
+    usual = USUAL.get(key) or replace(USUAL["cuda"], device=key)
+    stored = None if folder is None else _read(folder).get(key)
     if stored is None:
         return usual
-    return Calibration(**{**stored, "samples": tuple(Sample(**sample) for sample in stored.get("samples", ()))})
+    try:
+        return replace(TypeAdapter(Calibration).validate_python(stored), device=key)
+    except ValidationError:
+        return usual
 
 
 def refine(device: str, folder: Path, samples: Iterable[Sample]) -> Calibration:

@@ -23,15 +23,13 @@ OUT_OF_MEMORY = re.compile(
 
 
 @contextmanager
-def held_to(limit_bytes: int | None, threads: int) -> Iterator[None]:
-    """Inside, this process (on CUDA: its device) takes little more than `limit_bytes`; None: whatever there is."""
+def held_to(limit_bytes: int | None, threads: int, device: torch.device) -> Iterator[None]:
+    """Inside, a run on `device` takes little more than `limit_bytes` of the memory that counts there (on CUDA: the
+    device's, else this process's); None: whatever there is."""
     if limit_bytes is None:
         yield
         return
-    import torch
-
-    cuda = torch.cuda.is_available()
-    memory = memory_of(torch.device("cuda" if cuda else "cpu"), limit_bytes, threads)
+    memory = memory_of(device, limit_bytes, threads)
     memory.hold_to_limit()
     try:
         yield

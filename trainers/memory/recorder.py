@@ -121,6 +121,8 @@ class Recorder(TorchDispatchMode):
     # ---- operations -------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return func(*args)  # a question, half of all that comes here
         self._sweep()
         out = func(*args, **(kwargs or {}))
         kind = self._kind()
@@ -130,6 +132,10 @@ class Recorder(TorchDispatchMode):
             self._inside.append((len(self._places), inside))
         self._places.append((self._place, self._backward))
         return out
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler to keep it away
 
     def _kind(self) -> int:
         if self._place == "above":

@@ -36,7 +36,7 @@ class Passes:
 
 
 class SmallBuild:
-    """A model of few layers without memory; to be made and used under FakeTensorMode."""
+    """A model of few layers without memory; to be made and used under ShapesOnly."""
 
     def __init__(
         self, config: ModelConfig, vocab_size: int, length: int, precision: PrecisionConfig, objective: Objective

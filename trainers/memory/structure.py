@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -78,9 +79,17 @@ class Structure:
             spread.part("optimizer", optimizer),
         )
 
+    def weight_bytes(self, words: Words) -> int:
+        """All weights, tables of positions aside, made whole."""
+        return sum(words.weights.bytes(each.values) for each in self.parameters)
+
     def layer_bytes(self, words: Words) -> int:
         """Weights of one layer."""
         return sum(words.weights.bytes(each.values) for each in self.parameters if each.name.startswith("blocks.0."))
+
+    def outer_bytes(self, words: Words) -> int:
+        """Weights that belong to no layer: embeddings, the last norm, the head."""
+        return sum(words.weights.bytes(each.values) for each in self.parameters if not each.name.startswith("blocks."))
 
     def _kept(self, parameter: Parameter, words: Words) -> Kept:
         return FP32 if words.adapter_rank and not parameter.linear else words.weights
@@ -134,6 +143,12 @@ STATE_NAMES = {
 
 def read_structure(config: ModelConfig, vocab_size: int) -> Structure:
     """The Structure of a model; allocates nothing. ConfigError as `build_model` raises it."""
+    # what a phase or a variant of a plan may switch changes no parameter: the model is built once for all of them
+    return _read(config.model_copy(update={"dropout": 0.0, "activation_checkpointing": False}), vocab_size)
+
+
+@lru_cache(maxsize=32)
+def _read(config: ModelConfig, vocab_size: int) -> Structure:
     model = meta_model(config, vocab_size)
     linear = {id(module.weight) for module in model.blocks.modules() if isinstance(module, nn.Linear)}
     with torch.device("meta"):

@@ -25,8 +25,12 @@ class Kept:
     """bytes of each"""
     block: int = 0
     """values that share one scale; 0: there are no scales"""
-    scale: float = 0.0
+    scale: int = 0
     """bytes of a scale"""
+    nested: int = 0
+    """scales that share one of 4 bytes; 0: nothing lies above the scales"""
+    beside: int = 0
+    """bytes of what each tensor has but once"""
     least: int = 0
     """tensors of fewer values stay in fp32"""
 
@@ -34,15 +38,17 @@ class Kept:
         """Bytes of a tensor of so many values."""
         if values < self.least:
             return 4 * values
-        scales = math.ceil(values / self.block) * self.scale if self.block else 0.0
-        return math.ceil(values * self.value + scales)
+        scales = math.ceil(values / self.block) if self.block else 0
+        above = 4 * math.ceil(scales / self.nested) if self.nested else 0
+        return math.ceil(values * self.value) + scales * self.scale + above + self.beside
 
 
 FP32, HALF = Kept(4), Kept(2)
 BLOCKS_OF_8_BIT = Kept(1, block=256, scale=4)
 """bitsandbytes' 8-bit optimizers: blocks of 256 with an fp32 maximum"""
-NF4_DOUBLE = Kept(0.5, block=64, scale=1 + 4 / 256)
-"""nf4 with double quantisation: 64 values share an 8-bit scale, 256 of those another (arXiv:2305.14314, section 3)"""
+NF4_DOUBLE = Kept(0.5, block=64, scale=1, nested=256, beside=4 + 16 * 4)
+"""nf4 with double quantisation: 64 values share an 8-bit scale, 256 of those another (arXiv:2305.14314, section 3);
+beside them their mean and the sixteen values that the codes stand for"""
 
 
 @dataclass(frozen=True)
@@ -127,16 +133,24 @@ class Spread:
     half: bool = False
     """the working weights and gradients take 2 bytes"""
     master: bool = False
-    """an fp32 copy of the weights lies with the optimizer state"""
+    """an fp32 copy of the weights lies with the optimizer state, and an update widens the gradients beside it"""
+    adds_whole: bool = False
+    """gradients of the micro-batches before a step's last are added up whole: FSDP2 without its reduction"""
     offloaded: tuple[State, ...] = ()
     """what waits in the host's memory"""
 
+    @property
+    def gathers(self) -> bool:
+        """Weights lie in slices, and whoever computes with them first makes them whole."""
+        return self.stage == SPREAD_FROM["weights"]
+
     def part(self, state: State, n_bytes: int) -> int:
         """What one worker's device holds of `n_bytes`."""
-        if state in self.offloaded:
-            return 0
-        spread = self.stage >= SPREAD_FROM[state]
-        return math.ceil(n_bytes / self.workers) if spread else n_bytes
+        return 0 if state in self.offloaded else self.share(state, n_bytes)
+
+    def share(self, state: State, n_bytes: int) -> int:
+        """What one worker holds of `n_bytes`, wherever it lies."""
+        return math.ceil(n_bytes / self.workers) if self.stage >= SPREAD_FROM[state] else n_bytes
 
     def words(self, words: Words) -> Words:
         """What it makes of a precision."""
@@ -147,14 +161,23 @@ ALONE = Spread(stage=0, workers=1)
 """each worker holds everything"""
 
 
-def spread_of(config: RunConfig) -> Spread:
-    """How the engine of a run shares its state out."""
+def spread_of(config: RunConfig, device: str) -> Spread:
+    """How the engine of a run on `device` (cpu, cuda, mps) shares its state out.
+
+    At stage 0 DeepSpeed leaves the weights in fp32 and updates them in place. On a CPU what is offloaded stays where it
+    is: in the memory of the process.
+    """
     if config.engine == "deepspeed":
-        settings = config.deepspeed
+        settings, stage = config.deepspeed, config.deepspeed.zero_stage
         offloaded: tuple[State, ...] = ("optimizer",) if settings.offload_optimizer else ()
         offloaded += ("weights",) if settings.offload_parameters else ()
-        half = config.precision.compute != "fp32"
-        return Spread(settings.zero_stage, config.workers, half, master=True, offloaded=offloaded)
-    if config.parallel == "fsdp":
-        return Spread(3, config.workers)
+        return Spread(
+            stage,
+            config.workers,
+            half=stage > 0 and config.precision.compute != "fp32",
+            master=stage > 0,
+            offloaded=offloaded if device != "cpu" else (),
+        )
+    if config.parallel == "fsdp" and config.workers > 1:
+        return Spread(3, config.workers, adds_whole=True)
     return Spread(0, config.workers)

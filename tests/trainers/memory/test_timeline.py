@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +24,7 @@ from trainers.precision import autocast
 from trainers.presets import PRESETS
 from trainers.weights import prepare_weights
 
+ROOT = Path(__file__).parents[3]
 VOCABULARY = 90
 SMALL = ["model.d_model=48", "model.n_heads=4", "model.context_length=40", "model.n_layers=6"]
 CASES: dict[str, list[str]] = {
@@ -91,6 +96,51 @@ def saved_by_hooks(config: RunConfig, rows: int) -> int:
             loss = build_objective(config).loss(model, batch, None)
         assert torch.isfinite(loss.total)
     return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shapes_alone_tell_what_torchs_fake_tensors_tell(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moment by moment, with the kernels of the CPU and with those of a GPU."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    config = case(name)
+    ours = [timeline(config, kernels=kernels) for kernels in ("cpu", "cuda")]
+    monkeypatch.setattr("trainers.memory.timeline.ShapesOnly", FakeTensorMode)
+    theirs = [timeline(config, kernels=kernels) for kernels in ("cpu", "cuda")]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert all(np.array_equal(one, two) for one, two in zip(arrays(mine), arrays(other), strict=True))
+    wider = timeline(override(config, ["model.d_model=96"]))
+    assert not np.array_equal(wider.first.fixed, theirs[0].first.fixed)
+
+
+def arrays(law: Timeline) -> list[np.ndarray]:
+    passes = [each for moments in (law.first, law.later, law.scoring) for each in asdict(moments).values()]
+    return [*passes, law.saved]
+
+
+def test_the_compiler_stays_away_and_works_afterwards() -> None:
+    """In a process of its own: predicting imports no torch._dynamo, and leaves nothing in its place."""
+    code = """
+import sys, torch
+from trainers.memory.prediction import timeline_of
+from trainers.config_io import override
+from trainers.presets import PRESETS
+from torch.utils.checkpoint import checkpoint
+config = override(PRESETS["fundamentallm/tiny"](), ["model.activation_checkpointing=true", "model.n_layers=4"])
+before = timeline_of(config, 90, "cpu")
+assert not [name for name in sys.modules if name.startswith("torch._dynamo")]
+work = torch.compile(lambda x: checkpoint(torch.sin, x, use_reentrant=False) + 1, backend="eager")
+x = torch.ones(3, requires_grad=True)
+work(x).sum().backward()
+assert torch.allclose(x.grad, torch.cos(torch.ones(3)))
+import torch._dynamo
+assert torch._dynamo.utils.counters["frames"]["total"] > 0, "nothing was compiled"
+after = timeline_of(config, 90, "cpu")
+assert torch._dynamo.utils is sys.modules["torch._dynamo.utils"]
+assert before[0].peak(3, 4, accumulates=True).tolist() == after[0].peak(3, 4, accumulates=True).tolist()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", CASES)
