@@ -40,7 +40,7 @@ def parse_size(text: str, what: str) -> int:
     return n_bytes
 
 
-def limit_for(device: str, asked: str | None, workers: int, *, gpu_share: float | None = None) -> Limit:
+def limit_for(device: str, asked: str | None, workers: int, gpu_share: float | None = None) -> Limit:
     """What each of `workers` on this machine may take on `device` (cpu, cuda, mps).
 
     `gpu_share`: of one GPU, that a worker has; None: it finds out by itself what there is. Raises UserError where the
