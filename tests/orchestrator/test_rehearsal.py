@@ -171,7 +171,7 @@ def test_a_cluster_whose_memory_nobody_knows_keeps_every_cell(monkeypatch: pytes
     """Unless it was said what a worker there may take: that is a prediction, and needs no hardware."""
     space = Space((Axis("model.d_model", Choice((16, 4096))),))
     unsaid, said = SweepRequest(tmp_path), SweepRequest(tmp_path, memory_limit=GIB)
-    monkeypatch.setattr(rehearsal, "limit_for", lambda *_: SimpleNamespace(bytes=GIB))
+    monkeypatch.setattr(rehearsal, "limit_for", lambda *_, **__: SimpleNamespace(bytes=GIB))
     here = within_memory(BASE, space, 100, "cpu", 1, unsaid)
     assert [cell for cell, _ in here.taken_out] == ["model.d_model=4096"]
     monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
