@@ -26,6 +26,7 @@ from trainers.incidents import Update
 
 def play(config: dict[str, Any], run_dir: str, plan: Any, rank: int, workers: int, meeting_place: str) -> None:
     """Train under `plan` as one rank; ends the process with 0, with 3 where training failed, or by SIGKILL."""
+    trainers.run.Run.__init__ = _remember  # type: ignore[method-assign]  # here, not where this is only imported
     torch.set_num_threads(1)
     stack = Path(meeting_place, f"stack-{rank}.txt").open("w")  # noqa: SIM115 (open for the life of the process)
     faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
@@ -87,9 +88,6 @@ _init = trainers.run.Run.__init__
 def _remember(self: trainers.run.Run, *args: Any, **kwargs: Any) -> None:
     _init(self, *args, **kwargs)
     RUNS.append(self)
-
-
-trainers.run.Run.__init__ = _remember  # type: ignore[method-assign]
 
 
 def poisoned(build: trainers.loop.Builder, steps: tuple[int, ...]) -> trainers.loop.Builder:
