@@ -12,11 +12,12 @@ import psutil
 
 from orchestrator.console import size
 from trainers.errors import UserError
+from trainers.memory.calibration import USUAL
 
 UNITS = {"B": 1} | {f"{letter}iB": 1 << shift for letter, shift in zip("KMGT", (10, 20, 30, 40), strict=True)}
 UNITS |= {f"{letter}B": 10**power for letter, power in zip("KMGT", (3, 6, 9, 12), strict=True)}
 HEADROOM_BYTES, HEADROOM_SHARE = 512 << 20, 0.1  # left to the rest of the machine: the larger of the two
-CONTEXT_BYTES = 550 << 20  # of the GPU, that each process takes beside what torch allocates
+CONTEXT_BYTES = USUAL["cuda"].unseen_bytes  # of the GPU, that each process takes beside what torch allocates
 CGROUPS = Path("/sys/fs/cgroup")
 
 

@@ -22,7 +22,7 @@ from orchestrator.sweeps.desk import TrialDesk, best_of
 from orchestrator.sweeps.foreseen import TrialFootprints
 from orchestrator.sweeps.history import StopReason
 from orchestrator.sweeps.journal import JOURNAL, Journal, read_history
-from orchestrator.sweeps.memory import Allowed, Footprints, allowed
+from orchestrator.sweeps.memory import Allowed, Footprints, allowed, unlooked
 from orchestrator.sweeps.parent import ParentRun, is_told, open_parent
 from orchestrator.sweeps.population import Population
 from orchestrator.sweeps.refused import enter_refused
@@ -208,9 +208,8 @@ class SweepDriver:
         told = TrialFootprints(vocab_size, folder, self.display.note)
         sweep = replace(self.sweep, share=slots.share, memory_limit=asked, footprints=told)
         if "memory" not in sweep.identity:
-            if asked is None and os.environ.get("RAY_ADDRESS"):
-                looked = "memory is not looked at on a cluster unless --memory-limit says what a worker there may take"
-                self.display.note(looked)
+            if why := unlooked(asked):
+                self.display.note(why)
                 return sweep
             with self.signals.leaving_at_once():
                 found = self._allowed(sweep, slots, Footprints(vocab_size, sweep.device, folder))

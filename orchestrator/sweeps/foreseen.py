@@ -108,7 +108,8 @@ class TrialFootprints:
             return {}
         if foreseen.device not in self._began:
             self._began[foreseen.device] = calibration_of(foreseen.device, self._folder)
-        predicted = self._began[foreseen.device].total(foreseen.tensor_bytes)
+        began = self._began[foreseen.device]
+        predicted = began.total(foreseen.tensor_bytes) - began.unseen_bytes  # what mem/peak_gib has not either
         metrics = (read_json(run_dir / OUTCOME) or {}).get("metrics") or {}
         measured = metrics.get("mem/reserved_gib", metrics.get("mem/peak_gib"))
         if measured is not None and not config.compile:  # compiling takes memory of its own

@@ -6,29 +6,25 @@ not enough.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
-import re
+import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.batch_finder import find_batch, model_bytes
+from orchestrator.batch_finder import find_batch
 from orchestrator.console import size
 from orchestrator.memory_limit import Limit
 from orchestrator.memory_plan import largest_that_fits, timeline_key
-from orchestrator.plan import BYTES_PER_VALUE
-from search_spaces.domains import Choice, Float, Int, Value, same
+from orchestrator.sweeps.memory_cells import MOST_CELLS, guessed_bytes, listed_cells, memory_cells, with_largest_batch
+from search_spaces.domains import Choice, Value, same
 from search_spaces.precisions import Device
 from search_spaces.space import Axis, Space
-from search_spaces.trial import trial_config
 from trainers.config import RunConfig
 from trainers.data.types import PreparedData
-from trainers.errors import ConfigError, UserError
+from trainers.errors import UserError
 from trainers.memory.calibration import calibration_of
 from trainers.memory.fit import worker_rows
 
@@ -37,14 +33,6 @@ if TYPE_CHECKING:
 
 AMPLE = 0.5  # of the memory: a guess below this needs no prediction
 MARGIN = 0.92  # of the memory that a prediction may fill: it errs by up to 8%
-VALUES_A_TOKEN = 40  # of d_model that a layer keeps for the backward pass, generously
-PROCESS_BYTES = 600 << 20  # Python, torch and their libraries
-MOST_CELLS = 256  # that are predicted ...
-MOST_LISTED = 2048  # ... of those that are looked at
-CHANGES_MEMORY = re.compile(
-    r"(phases\.[^.]+\.)?(precision|model|batch|optim\.(name|momentum)|engine|deepspeed|parallel|compile)(\..+)?"
-    r"|data\.sequence_length"
-)
 
 
 @dataclass(frozen=True)
@@ -106,6 +94,13 @@ class Footprints:
         return self.of(config).peak_bytes(config.micro_sequences, config.accumulation)
 
 
+def unlooked(asked: int | None) -> str | None:
+    """A sentence where nobody knows what memory there will be; `asked`: bytes that a worker may take, as was said."""
+    if asked is not None or not os.environ.get("RAY_ADDRESS"):
+        return None
+    return "memory is not looked at on a cluster unless --memory-limit says what a worker there may take"
+
+
 def allowed(
     base: RunConfig,
     space: Space,
@@ -136,7 +131,7 @@ def allowed(
     if device != "cuda" or not is_here:
         return left
     say("looking for the micro-batch that fits")
-    largest = _with_largest_batch(base, left.space)
+    largest = with_largest_batch(base, left.space)
     share = worker_rows(largest)
     found = find_batch(
         largest, limit, cache_dir=cache_dir, threads=threads, most=share, steps=1, device=device, say=say, data=data
@@ -150,13 +145,12 @@ def take_out(base: RunConfig, space: Space, limit_bytes: int, footprints: Footpr
 
     Where only some combinations of options do not fit, the option that is in most of them goes, until none is left.
     """
-    largest = _with_largest_batch(base, space)  # where one row at a time is taken in the most micro-batches
+    largest = with_largest_batch(base, space)  # where one row at a time is taken in the most micro-batches
     known: dict[str, Footprint] = {}
     taken: dict[tuple[str, str], str] = {}
     while True:
         cells = memory_cells(largest, space, footprints.vocab_size)
-        for point, config in cells.judged:
-            known.setdefault(_key(point), footprints.of(config))
+        known |= {_key(point): footprints.of(config) for point, config in cells.judged if _key(point) not in known}
         peaks = [(point, known[_key(point)].peak_bytes(1)) for point, _ in cells.judged]
         short = [(point, peak) for point, peak in peaks if peak > limit_bytes]
         if not short:
@@ -172,82 +166,8 @@ def take_out(base: RunConfig, space: Space, limit_bytes: int, footprints: Footpr
     return Allowed(space, gone, None if rows >= share else rows, unjudged=cells.unjudged)
 
 
-# ---- the cells of memory -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cells:
-    """Combinations of what changes memory."""
-
-    judged: list[tuple[dict[str, Value], RunConfig]]
-    """part of a point, and its run; those that a guess says are the largest, in falling order"""
-    unjudged: int
-    """further ones"""
-
-
-def memory_cells(base: RunConfig, space: Space, vocab_size: int) -> Cells:
-    """Every combination of what changes memory, with both ends of continuous axes; the MOST_CELLS largest are judged.
-
-    What governs whether an axis exists belongs to it.
-    """
-    listed, others = _listed(base, space)
-    listed.sort(key=lambda cell: -guessed_bytes(cell[1], vocab_size, 1))
-    return Cells(listed[:MOST_CELLS], max(0, len(listed) - MOST_CELLS) + others)
-
-
-def _listed(base: RunConfig, space: Space) -> tuple[list[tuple[dict[str, Value], RunConfig]], int]:
-    """Cells with their runs, of too many those at the ends of every axis; the number that is not among them, at most.
-
-    What makes no run is left out: the sweep finds that out by itself.
-    """
-    axes = _of_memory(space)
-    whole = Space(tuple(Axis(axis.path, Choice(_options(axis, axes)), axis.when) for axis in axes))
-    counted = math.prod(len(domain.grid(1)) for domain in whole.values())
-    if counted > MOST_LISTED:
-        whole = Space(tuple(Axis(axis.path, Choice(_ends(axis, axes)), axis.when) for axis in whole.axes))
-    points = list(islice(whole.grid(1), MOST_LISTED))
-    found = []
-    for point in points:
-        with contextlib.suppress(ConfigError):
-            found.append((point, trial_config(point, base)))
-    return found, counted - len(points) if counted > MOST_LISTED else 0
-
-
-def _of_memory(space: Space) -> tuple[Axis, ...]:
-    wanted = {axis.path for axis in space.axes if CHANGES_MEMORY.fullmatch(axis.path) and not _is_batch(axis)}
-    for axis in reversed(space.axes):
-        if axis.path in wanted and axis.when is not None:
-            wanted.add(axis.when.path)
-    return tuple(axis for axis in space.axes if axis.path in wanted)
-
-
-def _options(axis: Axis, axes: Iterable[Axis]) -> tuple[Value, ...]:
-    """Those of a choice, the ends of a range, and what other axes wait for; numbers in falling order."""
-    awaited = [value for other in axes if other.when and other.when.path == axis.path for value in other.when.values]
-    values = list(axis.domain.grid(2))
-    values += [value for value in awaited if not any(same(value, other) for other in values)]
-    return tuple(sorted(values, reverse=True)) if all(map(_is_number, values)) else tuple(values)
-
-
-def _ends(axis: Axis, axes: Iterable[Axis]) -> tuple[Value, ...]:
-    """Of numbers only the largest and the smallest, and what other axes wait for: what is between takes no more."""
-    values = _options(axis, axes)
-    if not all(map(_is_number, values)):
-        return values
-    awaited = [value for other in axes if other.when and other.when.path == axis.path for value in other.when.values]
-    return tuple(value for value in values if value in (values[0], values[-1], *awaited))
-
-
-def _is_number(value: Value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _key(point: Mapping[str, Value]) -> str:
     return json.dumps(point, sort_keys=True)
-
-
-def _is_batch(axis: Axis) -> bool:
-    return axis.path.startswith("batch.")  # taken in as many micro-batches as it needs
 
 
 def _most_in(space: Space, short: list[dict[str, Value]], cells: list[dict[str, Value]]) -> tuple[str, Value]:
@@ -292,24 +212,6 @@ def _smaller(one: int | None, other: int | None) -> int | None:
 
 def is_ample(base: RunConfig, space: Space, vocab_size: int, limit_bytes: int) -> bool:
     """Whether every cell surely fits, with all rows of a step at a time."""
-    share = worker_rows(_with_largest_batch(base, space))
-    guesses = (guessed_bytes(config, vocab_size, share) for _, config in _listed(base, space)[0])
+    share = worker_rows(with_largest_batch(base, space))
+    guesses = (guessed_bytes(config, vocab_size, share) for _, config in listed_cells(base, space)[0])
     return all(guess < AMPLE * limit_bytes for guess in guesses)
-
-
-def _with_largest_batch(base: RunConfig, space: Space) -> RunConfig:
-    domain = space.get("batch.sequences")
-    if domain is None:
-        return base
-    most = max(domain.values) if isinstance(domain, Choice) else domain.high
-    return trial_config({"batch.sequences": int(most)}, base) if isinstance(domain, Choice | Int | Float) else base
-
-
-def guessed_bytes(config: RunConfig, vocab_size: int, rows: int) -> int:
-    """Memory of one worker's process with so many rows in a micro-batch: what is surely enough."""
-    tokens, model = rows * config.sequence_length, config.model
-    attention = rows * model.n_heads * config.sequence_length**2 * model.n_layers
-    table = config.model.vocab_size or vocab_size
-    activations = tokens * model.d_model * model.n_layers * VALUES_A_TOKEN + attention + 4 * tokens * table
-    snapshot = math.ceil(0.75 * model_bytes(config, vocab_size))
-    return PROCESS_BYTES + model_bytes(config, vocab_size) + snapshot + activations * BYTES_PER_VALUE

@@ -13,7 +13,7 @@ from orchestrator.console import count, duration, out, pairs, print_json
 from orchestrator.experiment import cache_dir
 from orchestrator.memory_limit import limit_for
 from orchestrator.ray_cluster import usable_cpus
-from orchestrator.sweeps.memory import MARGIN, Allowed, Footprints, is_ample, take_out
+from orchestrator.sweeps.memory import MARGIN, Allowed, Footprints, is_ample, take_out, unlooked
 from orchestrator.sweeps.searchers import left_of_grid
 from orchestrator.sweeps.settings import SweepSettings, build_settings
 from orchestrator.sweeps.slots import Slots, asked_cluster, slots_of
@@ -64,7 +64,7 @@ def rehearse(
         "seconds_expected": bounds.seconds_expected,
         "seconds_at_most": bounds.seconds_at_most,
         "bounded_by": bounds.by,
-        "notes": [note for note in (left_of_grid(settings, space), _unlooked(request)) if note],
+        "notes": [note for note in (left_of_grid(settings, space), unlooked(request.memory_limit)) if note],
     }
     if request.json:
         print_json(facts)
@@ -78,7 +78,7 @@ def within_memory(
 ) -> Allowed:
     """What is left of the space on this machine, by prediction, or within what was asked for. Raises UserError where
     nothing is."""
-    if _unlooked(request):
+    if unlooked(request.memory_limit):
         return Allowed(space)
     asked = None if request.memory_limit is None else f"{request.memory_limit}B"
     share = min(1.0, request.gpus_per_trial or 1.0)
@@ -87,13 +87,6 @@ def within_memory(
         return Allowed(space)
     footprints = Footprints(vocab_size, device, cache_dir(request.runs_dir))
     return take_out(base, space, round(MARGIN * limit.bytes), footprints)
-
-
-def _unlooked(request: SweepRequest) -> str | None:
-    """A sentence where nobody knows what memory there will be."""
-    if not os.environ.get("RAY_ADDRESS") or request.memory_limit is not None:
-        return None
-    return "memory is not looked at on a cluster unless --memory-limit says what a worker there may take"
 
 
 def _print(base: RunConfig, settings: SweepSettings, facts: dict[str, Any]) -> None:

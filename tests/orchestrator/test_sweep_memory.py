@@ -20,9 +20,10 @@ import pytest
 from orchestrator import memory_limit
 from orchestrator.memory_limit import CONTEXT_BYTES, part_of_gpu
 from orchestrator.signals import StopSignals
-from orchestrator.sweeps import memory
+from orchestrator.sweeps import memory_cells as cells_of_memory
 from orchestrator.sweeps.driver import SweepDriver
-from orchestrator.sweeps.memory import Allowed, Footprints, allowed, is_ample, memory_cells, take_out
+from orchestrator.sweeps.memory import Allowed, Footprints, allowed, is_ample, take_out
+from orchestrator.sweeps.memory_cells import memory_cells
 from orchestrator.sweeps.settings import SweepSettings
 from orchestrator.sweeps.slots import Slots
 from orchestrator.sweeps.sweep import Sweep, SweepRequest
@@ -143,7 +144,7 @@ def test_of_too_many_cells_the_largest_are_judged(
     found = peaks(base, space, footprints)
     assert len(found) == 9
     limit = sorted(found.values())[3]
-    monkeypatch.setattr(memory, "MOST_CELLS", 2)
+    monkeypatch.setattr(cells_of_memory, "MOST_CELLS", 2)
     few = memory_cells(base, space, 40)
     assert {json.dumps(point) for point, _ in few.judged} == set(sorted(found, key=lambda cell: -found[cell])[:2])
     assert few.unjudged == 7
@@ -151,7 +152,7 @@ def test_of_too_many_cells_the_largest_are_judged(
     assert left.unjudged == len(depths_and_widths(left.space)) - 2
     monkeypatch.undo()
     assert max(peaks(base, left.space, footprints).values()) <= limit < max(found.values())
-    monkeypatch.setattr(memory, "MOST_LISTED", 5)  # of numbers only the ends
+    monkeypatch.setattr(cells_of_memory, "MOST_LISTED", 5)  # of numbers only the ends
     ends = [(config.model.n_layers, config.model.d_model) for _, config in memory_cells(base, space, 40).judged]
     assert sorted(ends) == [(2, 128), (2, 512), (24, 128), (24, 512)]
     assert memory_cells(base, space, 40).unjudged == 5
