@@ -43,7 +43,7 @@ def eight_bit_state(rig: Rig) -> list[Figure]:
 
 
 def _state_bytes(engine: Engine) -> int:
-    return sum(take_census(engine.module, engine.optimizer, {}).bytes["optimizer"].values())
+    return sum(take_census(engine.module, engine.optimizer, {}, engine.masters()).bytes["optimizer"].values())
 
 
 def four_bit_base(rig: Rig) -> list[Figure]:

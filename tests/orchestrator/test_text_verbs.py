@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -230,7 +233,7 @@ def test_a_terminal_without_a_prompt_is_a_session(runs: Path) -> None:
     controller, terminal = pty.openpty()
     process = subprocess.Popen(
         command(runs), stdin=terminal, stdout=terminal, stderr=terminal, env=environment, start_new_session=True,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        preexec_fn=as_from_a_terminal,
     )  # fmt: skip
     os.close(terminal)
     try:
@@ -254,6 +257,12 @@ def leaves(process: subprocess.Popen[bytes], descriptor: int) -> int | None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(timeout=1)
     return None
+
+
+def as_from_a_terminal() -> None:
+    """In a new process: standard input is its terminal, and Ctrl-C reaches it, also where the tests run behind `&`."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def read_until(descriptor: int, expected: str, *, nudge: bytes = b"") -> str:
