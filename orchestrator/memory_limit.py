@@ -41,14 +41,15 @@ def parse_size(text: str, what: str) -> int:
     return n_bytes
 
 
-def limit_for(device: str, asked: str | None, workers: int, gpu_share: float | None = None) -> Limit:
+def limit_for(device: str, asked: str | int | None, workers: int, gpu_share: float | None = None) -> Limit:
     """What each of `workers` on this machine may take on `device` (cpu, cuda, mps).
 
-    `gpu_share`: of one GPU, that a worker has; None: it finds out by itself what there is. Raises UserError where the
-    GPU cannot be asked.
+    `asked`: --memory-limit, as typed or in bytes. `gpu_share`: of one GPU, that a worker has; None: it finds out by
+    itself what there is. Raises UserError where the GPU cannot be asked.
     """
     if asked is not None:
-        return Limit(parse_size(asked, "--memory-limit"), "--memory-limit")
+        n_bytes = asked if isinstance(asked, int) else parse_size(asked, "--memory-limit")
+        return Limit(n_bytes, "--memory-limit")
     if device == "cuda":
         return Limit(None, "free on the GPU") if gpu_share is None else part_of_gpu(gpu_share, _free_on_gpu())
     available, where = available_memory()

@@ -225,7 +225,7 @@ class SweepDriver:
         )
 
     def _allowed(self, sweep: Sweep, slots: Slots, footprints: Footprints) -> Allowed:
-        asked = None if self.request.memory_limit is None else f"{self.request.memory_limit}B"
+        asked = self.request.memory_limit
         gpu_share = min(1.0, slots.gpus_per_trial / sweep.base.workers or 1.0)
         limit = limit_for(sweep.device, asked, slots.count * sweep.base.workers, gpu_share)
         found = allowed(

@@ -80,9 +80,8 @@ def within_memory(
     nothing is."""
     if unlooked(request.memory_limit):
         return Allowed(space)
-    asked = None if request.memory_limit is None else f"{request.memory_limit}B"
     share = min(1.0, request.gpus_per_trial or 1.0)
-    limit = limit_for(device, asked, slots * base.workers, share)
+    limit = limit_for(device, request.memory_limit, slots * base.workers, share)
     if limit.bytes is None or is_ample(base, space, vocab_size, limit.bytes):
         return Allowed(space)
     footprints = Footprints(vocab_size, device, cache_dir(request.runs_dir))
