@@ -1,67 +1,56 @@
-"""P1 at process level: `orchestrate train` with one worker, logging and MLflow on, against the bare loop."""
+"""P1 at process level: `orchestrate train` with one worker, logging and MLflow on, against the bare loop.
+
+The two and a second bare process (the control) take turns of some seconds: benchmarks/turns.py.
+"""
 
 from __future__ import annotations
 
 import argparse
 import functools
 import json
-import subprocess
 import sys
-from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.measure import Figure, Ratio, noise_of, ratio, report, rounds
+from benchmarks.turns import Row, Training, Turn, started
 from benchmarks.workload import BareJob, our_loop, scratch, two_million
-from trainers.config import RunConfig
 from trainers.config_io import dump_yaml
 from trainers.record import read_rows
 
 BAR = 1.03
-SETTLING = 0.4  # of the steps: Ray's start still echoes in its first seconds, and is not a step's cost
+FASTEST_STEP_S = 0.08  # so that nobody reaches the end of its budget within its turns
 
 
-@dataclass(frozen=True)
-class Steps:
-    """One process, its steps looked at from the inside."""
+def ours(config: Path, runs_dir: Path) -> Training:
+    """`orchestrate train` with one worker."""
+    command = [sys.executable, "-m", "orchestrator", "train", str(config), "--name", "run", "--runs-dir", str(runs_dir)]
+    metrics = runs_dir / "run" / "metrics.jsonl"
 
-    step_ms: float
-    """mean over the part after SETTLING, whatever fell into it"""
-    median_ms: float
-    """of the intervals between two logged steps in that part: a hiccup does not show"""
-    losses: list[float]
+    def rows() -> list[Row]:
+        found = [row for row, _ in read_rows(metrics)] if metrics.exists() else []
+        return [Row(row["step"], row["time_ms"], row["train/loss"]) for row in found if "train/loss" in row]
 
-
-def steady(rows: list[tuple[int, float]], losses: list[float]) -> Steps:
-    """Step times from (step, unix ms) of the logged steps."""
-    kept = rows[int(len(rows) * SETTLING) :]
-    steps, times = (np.asarray(column, dtype=np.float64) for column in zip(*kept, strict=True))
-    each = np.diff(times) / np.diff(steps)
-    return Steps(float((times[-1] - times[0]) / (steps[-1] - steps[0])), float(np.median(each)), losses)
+    return Training(command, rows, runs_dir / "ours.log")
 
 
-def ours(config: Path, runs_dir: Path, number: count[int]) -> Steps:
-    """One `orchestrate train`."""
-    name = f"run-{next(number)}"
-    command = [sys.executable, "-m", "orchestrator", "train", str(config), "--name", name, "--runs-dir", str(runs_dir)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    found = [row for row, _ in read_rows(runs_dir / name / "metrics.jsonl") if "train/loss" in row]
-    return steady([(row["step"], row["time_ms"]) for row in found], [row["train/loss"] for row in found])
-
-
-def bare(job: Path) -> Steps:
+def bare(job: Path, folder: Path, name: str) -> Training:
     """One bare process."""
-    command = [sys.executable, "-m", "benchmarks.bare_process", str(job)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    return steady([tuple(row) for row in found["rows"]], found["losses"])
+    path = folder / f"{name}.jsonl"
+
+    def rows() -> list[Row]:
+        whole = path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
+        return [Row(*json.loads(line)) for line in whole.splitlines()]
+
+    command = [sys.executable, "-m", "benchmarks.bare_process", str(job), str(path)]
+    return Training(command, rows, folder / f"{name}.log")
 
 
-def compare(config: RunConfig, steps: int, pairs: int) -> dict[str, list[Steps]]:
-    """`pairs` rounds of our process, a bare one and another bare one."""
+def compare(count: int, seconds: float) -> tuple[dict[str, list[Turn]], float]:
+    """`count` rounds of turns of ours, a bare process and another one; and the share of equal losses."""
+    steps = int(count * seconds / FASTEST_STEP_S) + 500
+    config = two_million(steps)
     with scratch() as folder:
         path, runs_dir, job = folder / "config.yaml", folder / "runs", folder / "job"
         path.write_text(dump_yaml(config), encoding="utf-8")
@@ -70,15 +59,17 @@ def compare(config: RunConfig, steps: int, pairs: int) -> dict[str, list[Steps]]
             BareJob.of(opened, steps).save(job)
         (folder / ".cache").rename(runs_dir / ".cache")
         _follow(job, folder / ".cache", runs_dir / ".cache")
-        numbers = count()
-        return rounds(
-            {
-                "ours": functools.partial(ours, path, runs_dir, numbers),
-                "bare": functools.partial(bare, job),
-                "control": functools.partial(bare, job),
-            },
-            pairs,
-        )
+        sides = {
+            "ours": ours(path, runs_dir),
+            "bare": bare(job, folder, "bare"),
+            "control": bare(job, folder, "control"),
+        }
+        with started(sides):
+            turns = {name: functools.partial(side.turn, seconds) for name, side in sides.items()}
+            found = rounds(turns, count, what="turns")
+            mine, theirs = sides["ours"].rows(), sides["bare"].rows()
+    equal = [np.float32(a.loss) == np.float32(b.loss) for a, b in zip(mine, theirs, strict=False)]
+    return found, float(np.mean(equal))
 
 
 def _follow(job: Path, old: Path, new: Path) -> None:
@@ -90,33 +81,27 @@ def _follow(job: Path, old: Path, new: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each turn")
     options = parser.parse_args(arguments)
-    pairs, steps = (1, 50) if options.quick else (options.pairs, options.steps)
 
-    found = compare(two_million(steps), steps, pairs)
-    control = _ratio(found, "control", "bare", "step_ms")
-    equal = [
-        np.float32(a) == np.float32(b)
-        for mine, theirs in zip(found["ours"], found["bare"], strict=True)
-        for a, b in zip(mine.losses, theirs.losses, strict=True)
-    ]
+    found, equal = compare(2 if options.quick else options.rounds, options.seconds)
+    control = _ratio(found, "control", "step_ms")
     figures = [
-        Figure.of(
-            "orchestrated step / bare step", _ratio(found, "ours", "bare", "step_ms"), bar=BAR, noise=noise_of(control)
-        ),
-        Figure.of("the same, medians of 10-step intervals", _ratio(found, "ours", "bare", "median_ms")),
+        Figure.of("orchestrated step / bare step", _ratio(found, "ours", "step_ms"), bar=BAR, noise=noise_of(control)),
+        Figure.of("the same, medians of 10-step intervals", _ratio(found, "ours", "median_ms")),
+        Figure.of("the same, CPU seconds of all processes", _ratio(found, "ours", "cpu_ms")),
         Figure.of("control, bare process / bare process", control),
-        Figure.of("control, medians of 10-step intervals", _ratio(found, "control", "bare", "median_ms")),
-        Figure("bare step", float(np.median([steps.step_ms for steps in found["bare"]])), "ms"),
-        Figure("losses equal bit for bit", float(np.mean(equal)), "of all", bar=1.0, at_least=True),
+        Figure.of("control, medians of 10-step intervals", _ratio(found, "control", "median_ms")),
+        Figure.of("control, CPU seconds", _ratio(found, "control", "cpu_ms")),
+        Figure("bare step", float(np.median([turn.step_ms for turn in found["bare"]])), "ms"),
+        Figure("losses equal bit for bit", equal, "of all", bar=1.0, at_least=True),
     ]
-    report("orchestrated", figures, quick=options.quick, steps=steps, settling=SETTLING, samples=found)
+    report("orchestrated", figures, quick=options.quick, seconds=options.seconds, samples=found)
 
 
-def _ratio(found: dict[str, list[Steps]], mine: str, theirs: str, attribute: str) -> Ratio:
-    return ratio(*([getattr(steps, attribute) for steps in found[side]] for side in (mine, theirs)))
+def _ratio(found: dict[str, list[Turn]], side: str, attribute: str) -> Ratio:
+    return ratio(*([getattr(turn, attribute) for turn in found[name]] for name in (side, "bare")))
 
 
 if __name__ == "__main__":
