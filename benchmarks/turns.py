@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -135,7 +136,8 @@ class Training:
 
 @contextmanager
 def started(trainings: Mapping[str, Training]) -> Iterator[None]:
-    """All of them settled and standing still; ended afterwards."""
+    """All of them settled and standing still; ended afterwards, also when this process is asked to end."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         for training in trainings.values():
             training.start()
@@ -143,3 +145,4 @@ def started(trainings: Mapping[str, Training]) -> Iterator[None]:
     finally:
         for training in trainings.values():
             training.close()
+        signal.signal(signal.SIGTERM, before)

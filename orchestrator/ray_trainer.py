@@ -49,12 +49,19 @@ def build_trainer(
     import ray.train
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    unused = UNUSED if os.environ.get("RAY_ADDRESS") else UNUSED | UNUSED_ALONE
+    alone = not os.environ.get("RAY_ADDRESS")
+    unused = UNUSED | UNUSED_ALONE if alone else UNUSED
 
-    class LeanTrainer(DataParallelTrainer):
+    class LeanTrainer(
+        DataParallelTrainer
+    ):  # should Ray rename what is overridden, all that is lost is the time it takes
         def _create_default_callbacks(self) -> list[Any]:
-            # Should Ray rename the method or the callbacks, all that is lost is the time they take.
             return [each for each in super()._create_default_callbacks() if type(each).__name__ not in unused]
+
+        def _initialize_and_run_controller(self, **parts: Any) -> Any:
+            if alone and "scaling_policy" in parts:
+                parts["scaling_policy"] = _without_autoscaler(self.scaling_config)
+            return super()._initialize_and_run_controller(**parts)
 
     return LeanTrainer(
         work,
@@ -72,6 +79,20 @@ def build_trainer(
             failure_config=ray.train.FailureConfig(max_failures=WORKER_RESTARTS),
         ),
     )
+
+
+def _without_autoscaler(scaling_config: Any) -> Any:
+    """As many workers as configured, without the actor that would ask for more nodes: this machine has what it has."""
+    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+
+    class OnThisMachine(FixedScalingPolicy):
+        def after_controller_start(self, train_run_context: Any) -> None:
+            pass
+
+        def _maybe_send_resource_request(self) -> None:
+            pass
+
+    return OnThisMachine(scaling_config)
 
 
 def _process_group(gpus: int) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -13,20 +14,71 @@ from typing import Any
 OUTCOME = "outcome.json"
 OUT_OF_MEMORY = "out_of_memory"
 """the kind of an ending in outcome.json"""
+STILL_S = 10.0  # between two answers to Ray that the training runs and nothing is new
 
 log = logging.getLogger(__name__)
+
+
+class News:
+    """When Ray Train's next question deserves an answer: a report waits to be taken, or the training is over."""
+
+    def __init__(self) -> None:
+        self._event, self._over = threading.Event(), False
+
+    def tell(self) -> None:
+        """Something is there now."""
+        self._event.set()
+
+    def close(self) -> None:
+        """Nobody waits from now on."""
+        self._over = True
+        self._event.set()
+
+    def wait(self, seconds: float) -> None:
+        """Until there is news, `seconds` at most."""
+        self._event.wait(seconds)
+        self._event.clear()
+        if self._over:
+            self._event.set()
 
 
 def work(job: dict[str, Any]) -> None:
     """One rank's part of a run under Ray Train."""
 
     def open_context() -> Any:
-        context = ray_context(Path(job["run_dir"]), Path(job["cache_dir"]), job["generation"])
+        context = ray_context(Path(job["run_dir"]), Path(job["cache_dir"]), job["generation"], news)
         if context.rank == 0 and context.guard.attempt > 1 and not (context.run_dir / OUTCOME).exists():
             context.note("a worker died: all of them start again from the newest checkpoint")
+        if context.world_size == 1:  # several are asked to part when one has died, and must not sleep then
+            _answer_late(news)
         return context
 
-    attempt(job, open_context)
+    with contextlib.closing(News()) as news:
+        attempt(job, open_context)
+
+
+def _answer_late(news: News) -> None:
+    """Let Ray Train's question whether the training still runs wait for news, STILL_S at most.
+
+    The main thread of a Ray worker that has no task looks for signals a hundred times a second, and takes the
+    interpreter from the training each time; while it works on an answer it sleeps. In a virtual machine that switches
+    slowly this is a tenth of a small model's step (benchmarks/orchestrated.py). Should Ray move what is held on to
+    here, all that is lost is that time.
+    """
+    try:
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        runner = get_train_context().execution_context.training_thread_runner
+        running = runner.is_running
+    except (ImportError, AttributeError) as error:
+        log.info("Ray Train is answered at once: %s", error)
+        return
+
+    def is_running() -> bool:
+        news.wait(STILL_S)
+        return bool(running())
+
+    runner.is_running = is_running
 
 
 def attempt(job: dict[str, Any], open_context: Callable[[], Any]) -> None:
@@ -75,7 +127,7 @@ def _attempt(job: dict[str, Any], context: Any) -> None:
         raise
 
 
-def ray_context(run_dir: Path, cache_dir: Path, generation: int) -> Any:
+def ray_context(run_dir: Path, cache_dir: Path, generation: int, news: News) -> Any:
     """This worker's RunContext: the run's folder, and Ray's ear for reports."""
     import ray.train
 
@@ -86,6 +138,7 @@ def ray_context(run_dir: Path, cache_dir: Path, generation: int) -> Any:
     class RayContext(RunFolder):
         def report(self, metrics: dict[str, float]) -> None:
             """Collective: at evaluations only, because Ray polls for reports, and each may wait 2 s."""
+            news.tell()
             ray.train.report(metrics)
 
     ranks = ray.train.get_context()
