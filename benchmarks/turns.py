@@ -21,6 +21,7 @@ import psutil
 
 SETTLING_ROWS = 10  # of every side before the first turn: imports, allocators and Ray's start are not a step's cost
 PATIENCE_S = 180.0  # for a side's first rows
+ENDING_S = 10.0  # for what was killed to be gone
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,13 @@ class Training:
 
     def close(self) -> None:
         """End it with all its processes."""
-        for process in self._tree():
+        processes = self._tree()
+        for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         if self.process is not None:
             self.process.wait()
+        psutil.wait_procs(processes, ENDING_S)
 
     def _wait(self, seconds: float) -> None:
         assert self.process is not None
