@@ -43,6 +43,7 @@ from tests.orchestrator.sweep_episodes import (
     undisturbed_sweep,
 )
 from tests.trainers.crash import Ending
+from trainers.__main__ import STOPPED
 
 PROJECT = Path(__file__).parents[1]
 RECORD = RESULTS / "chaos.json"
@@ -254,18 +255,22 @@ FAULTS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Play what is asked for; 1 where a law was broken."""
+    """Play what is asked for; 1 where a law was broken, 75 where it was stopped and can go on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), help="these faults")
     parser.add_argument("--count", type=int, default=None, help="at most so many seeds of each")
     parser.add_argument("--again", action="store_true", help="also what is done already")
     options = parser.parse_args(arguments)
     cases = read_record()
-    with bench() as place:
-        for name in options.only:
-            for seed in range(min(FAULTS[name].count, options.count or sys.maxsize)):
-                if options.again or (name, seed) not in cases or not cases[name, seed].passed:
-                    cases = kept(play(place, name, seed))
+    try:
+        with bench() as place:
+            for name in options.only:
+                for seed in range(min(FAULTS[name].count, options.count or sys.maxsize)):
+                    if options.again or (name, seed) not in cases or not cases[name, seed].passed:
+                        cases = kept(play(place, name, seed))
+    except KeyboardInterrupt:
+        print("stopped; what was played is kept, and the same command goes on with the next", flush=True)
+        return STOPPED
     print(table(cases))
     return 0 if all(case.passed for (name, _), case in cases.items() if name in options.only) else 1
 
