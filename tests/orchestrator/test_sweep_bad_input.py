@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,29 @@ CASES: dict[str, tuple[list[str], str]] = {
     "a text that is not there": ([*LR, "--data", "txet.txt"], "txet.txt"),
     "an epoch of nothing": ([*LR, "budget.steps=0"], "budget.steps"),
     "a grid of no points": ([*LR, "--searcher", "grid", "--grid-points", "0"], "grid"),
+    "a grid beyond memory": ([*LR, "--searcher", "grid", "--grid-points", "1000000000"], "at most 100,000"),
+    "a grid beyond any sweep": (
+        [*LR, "--set-space", "model.dropout=uniform(0,0.3)", "--searcher", "grid", "--grid-points", "1000"],
+        "--grid-points 1000",
+    ),
+    "a number in quotes": (["--set-space", "batch.sequences=[8,'16']"], '"16" is taken for 16'),
+    "a number for a switch": (["--set-space", "model.bias=[0,1]"], "write false"),
+    "an axis twice": ([*LR, *LR], "optim.lr: given twice"),
+    "a folder for a space": (["--space", "."], "is a folder. Name a YAML file"),
+    "a device for a space": (["--space", "/dev/zero"], "no regular file"),
+    "an objective of no way": ([*LR, "--objective", "val/loss:"], "got ''"),
+    "an objective twice": (
+        [*LR, "--searcher", "multi", "--objective", "val/loss", "--objective", "val/loss:max"],
+        "val/loss is given twice",
+    ),
+    "a population never asked": (
+        [*LR, "--scheduler", "pbt", "--searcher", "random", "--evaluations", "1"],
+        "--evaluations 1",
+    ),
+    "time without end": ([*LR, "--max-time", "9" * 400], "--max-time is a time such as"),
+    "memory without end": ([*LR, "--memory-limit", f"{'9' * 400}GiB"], "--memory-limit is an amount"),
+    "grace beyond counting": ([*LR, "--grace", str(10**30)], "--grace: must be less than"),
+    "trials in words": ([*LR, "--trials", "many"], "it must be a valid integer, got 'many'"),
 }
 
 
@@ -82,11 +106,19 @@ def test_bad_input_gets_one_message_and_leaves_nothing(
     assert left_behind(tmp_path) == ["text.txt"]
 
 
+def test_a_pipe_for_a_space_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert "no regular file" in refused([*TINY, "--space", "pipe.yaml"], capsys)
+
+
 def test_a_dry_run_refuses_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = ("an unknown space", "no trials", "an unknown metric", "grace beyond the budget", "a population of three")
     for case in (*cases, "a population trained on", "more CPUs than there are"):
         arguments, part = CASES[case]
         assert part in refused([*TINY, *arguments, "--dry-run"], capsys)
+    assert "Leave --gpus-per-trial out." in refused([*TINY, *LR, "--gpus-per-trial", "1e6", "--dry-run"], capsys)
+    said = refused([*TINY, *LR, "--memory-limit", "1KiB", "--dry-run"], capsys)
+    assert "is needed, and 942 B may be used" in said
     assert left_behind(tmp_path) == ["text.txt"]
 
 
