@@ -130,4 +130,6 @@ def _fewer_gpus(wanted: float | None, gpus: float) -> str:
     """The way out, where a trial asks for `wanted` GPUs (None: one for each worker) of fewer."""
     if wanted is None:
         return "Say --device cpu, or --gpus-per-trial 0.5 for two trials on a GPU."
-    return "Lower --gpus-per-trial (a fraction shares one GPU)." if gpus else "Leave --gpus-per-trial out."
+    if gpus:
+        return "Lower --gpus-per-trial (a fraction shares one GPU)."
+    return "Leave --gpus-per-trial out, and say --device cpu."
