@@ -148,7 +148,8 @@ def checked_address(address: str) -> str:
     """The dashboard's URL without a slash at its end. Raises SubmissionError for anything else."""
     try:
         parts = urlsplit(address)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        blank = any(letter.isspace() for letter in address)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not blank
     except ValueError:  # a port that is no number
         good = False
     if not good:

@@ -110,12 +110,7 @@ def find_batch(
     """
     data = data or prepare(config, cache_dir)
     check_model(config, data.tokenizer.vocab_size)
-    needs = model_bytes(config, data.tokenizer.vocab_size)
-    if limit.bytes is not None and needs > limit.bytes:
-        raise UserError(
-            f"the model's weights, gradients and optimizer state alone take {size(needs)}, more than the limit of "
-            f"{size(limit.bytes)} ({limit.source}). Raise --memory-limit, or make the model smaller."
-        )
+    check_model_fits(config, data.tokenizer.vocab_size, limit)
     there = available_rows(config, data)
     bounded = most if there is None else min(most, there)
     share = config.sequences_per_step // config.workers
@@ -144,6 +139,16 @@ def model_bytes(config: RunConfig, vocab_size: int) -> int:
     """Weights, gradients and optimizer state of one worker."""
     parameters = closed_form_parameters(config.model, config.model.vocab_size or vocab_size)
     return StateSizes.plain(parameters, config.resolved_phases()[0].optim).training_bytes
+
+
+def check_model_fits(config: RunConfig, vocab_size: int, limit: Limit) -> None:
+    """UserError where the model takes more than `limit` before the first row."""
+    needs = model_bytes(config, vocab_size)
+    if limit.bytes is not None and needs > limit.bytes:
+        raise UserError(
+            f"the model's weights, gradients and optimizer state alone take {size(needs)}, more than the limit of "
+            f"{size(limit.bytes)} ({limit.source}). Raise --memory-limit, or make the model smaller."
+        )
 
 
 def available_rows(config: RunConfig, data: PreparedData) -> int | None:

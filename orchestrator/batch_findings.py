@@ -13,7 +13,7 @@ import psutil
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.batch_finder import BatchFindings, available_rows, find_batch, model_bytes
+from orchestrator.batch_finder import BatchFindings, available_rows, check_model_fits, find_batch, model_bytes
 from orchestrator.console import count, out, pairs, print_json, size
 from orchestrator.display import Display
 from orchestrator.experiment import cache_dir
@@ -42,6 +42,9 @@ BUSY_PERCENT, BUSY_S = 20.0, 0.5  # use of all cores by others, over so long, fr
 NOT_USED = ("batch.micro_sequences",)
 
 
+MOST_ROWS, MOST_STEPS = 1_000_000_000, 10_000_000
+
+
 @dataclass(frozen=True)
 class BatchQuestion:
     """The search that was asked for."""
@@ -52,9 +55,9 @@ class BatchQuestion:
 
     def check(self) -> None:
         """Raises UserError for numbers that ask for nothing."""
-        for option, value in (("--max", self.most), ("--steps", self.steps)):
-            if value < 1:
-                raise UserError(f"{option} {value}: at least 1.")
+        for option, value, most in (("--max", self.most, MOST_ROWS), ("--steps", self.steps, MOST_STEPS)):
+            if not 1 <= value <= most:
+                raise UserError(f"{option} {value}: at least 1, and at most {most:,}.")
 
     def to_json(self) -> dict[str, Any]:
         return {"memory_limit": self.memory_limit, "max": self.most, "steps": self.steps}
@@ -85,6 +88,7 @@ def dry_run(config: RunConfig, question: BatchQuestion, runs_dir: Path, *, json:
 
     question.check()
     machine, report = machine_for(config, question), survey_plan(config, runs_dir)
+    check_model_fits(config, report.survey.vocab_size, machine.limit)
     needs = model_bytes(config, report.survey.vocab_size)
     sizes = [1 << exponent for exponent in range(question.most.bit_length()) if 1 << exponent < question.most]
     sizes.append(question.most)

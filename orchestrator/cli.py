@@ -19,6 +19,7 @@ from rich.text import Text
 
 from orchestrator.console import err, open_streams, silence
 from orchestrator.verbs import adapters, cluster, finders, records, report, sweeps, text, training
+from orchestrator.verbs.options import sentence
 from trainers.errors import Superseded, TrainingFailed, UserError
 
 DONE, INTERNAL, BAD_INPUT, FAILED, STOPPED = 0, 1, 2, 3, 75
@@ -134,7 +135,7 @@ def _invoke(typed: list[str]) -> int:
     except typer.Exit as left:
         return left.exit_code
     except typer.TyperException as error:
-        raise UserError(f"{_sentence(error.format_message())}{_usage(typed)}") from None
+        raise UserError(f"{sentence(error)}{_usage(typed)}") from None
     return code if isinstance(code, int) else DONE
 
 
@@ -146,10 +147,6 @@ def _refuse_undecodable(typed: list[str]) -> None:
         except UnicodeEncodeError:
             shown = word if len(word) <= 60 else word[:57] + "..."
             raise UserError(f"arguments must be UTF-8 text, got {shown!r}. Give a file of that name another.") from None
-
-
-def _sentence(text: str) -> str:
-    return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
 def _usage(typed: list[str]) -> str:

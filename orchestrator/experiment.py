@@ -34,6 +34,7 @@ SWEEP = "sweep.json"
 """makes a folder a sweep, whose trials are the runs"""
 FOLDERS = ("checkpoints", "logs", "plots", "samples", "tokenizer")
 ENDINGS = ("finished", "stopped", "failed")
+OF_THE_STORE = re.compile(r"mlflow\.db(-\w+)?|mlartifacts|mlruns", re.IGNORECASE)
 RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 
 
@@ -138,6 +139,8 @@ def confined(runs_dir: Path, name: str) -> Path:
             f"a run name is 1 to 128 letters, digits, '.', '_' or '-', starts with a letter or digit and is no "
             f"device name; got {shown!r} ({len(name)} characters)."
         )
+    if OF_THE_STORE.fullmatch(name):
+        raise ConfigError(f"{name!r} is where the MLflow store of the runs folder lies: choose another --name.")
     run_dir = runs_dir / name
     if run_dir.is_symlink() or not run_dir.resolve().is_relative_to(runs_dir.resolve()):
         raise ConfigError(f"{run_dir} is a link: a run's folder must lie inside the runs folder. Remove the link.")

@@ -35,10 +35,10 @@ def parse_size(text: str, what: str) -> int:
     """Bytes of '2GiB', '800 MB', '1.5GiB'. UserError for anything else; `what` names the option."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     units = {unit.lower(): factor for unit, factor in UNITS.items()}
-    n_bytes = int(float(found[1]) * units[found[2].lower()]) if found and found[2].lower() in units else 0
-    if n_bytes <= 0:
+    asked = float(found[1]) * units[found[2].lower()] if found and found[2].lower() in units else 0.0
+    if not 1 <= asked < 2**63:
         raise UserError(f"{what} is an amount of memory above 0 with its unit, such as 2GiB or 800MB; got {text!r}.")
-    return n_bytes
+    return int(asked)
 
 
 def limit_for(device: str, asked: str | int | None, workers: int, gpu_share: float | None = None) -> Limit:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from random import Random
+from typing import Any
 
 from search_spaces.domains import Choice, Domain, Float, Int, Value, same
 from search_spaces.held import why_held
@@ -47,7 +49,7 @@ def check(space: Space, config: RunConfig, device: Device, *, packages: bool = T
 def _axis_problems(axis: Axis, space: Space, config: RunConfig, device: Device, packages: bool) -> list[str]:
     held = why_held(axis.path, config)
     found = [f"must not be searched: {held}."] if held else _path_problems(axis.path, config)
-    found += axis.domain.problems()
+    found += axis.domain.problems() or ([] if found else _misread(axis, config))
     found += _condition_problems(axis, space)
     if axis.path == PRECISION:
         found += _precision_problems(axis.domain, config, device, packages)
@@ -65,6 +67,29 @@ def _path_problems(path: str, config: RunConfig) -> list[str]:
     except ConfigError as error:
         return [str(error).removeprefix(f"{path}: ")]
     return []
+
+
+def _misread(axis: Axis, config: RunConfig) -> list[str]:
+    """Values that the configuration would take for others, such as the text '16' for the number."""
+    if axis.path in (PRECISION, SHAPE) or SHARE.fullmatch(axis.path):
+        return []
+    (place,) = places(axis.path, config)
+    found = []
+    for value in axis.domain.grid(2):
+        try:
+            read = _at(trial_config({axis.path: value}, config).model_dump(mode="json"), place)
+        except ConfigError:  # said elsewhere, with what else is wrong
+            continue
+        if not same(read, value):
+            found.append(f"{json.dumps(value)} is taken for {json.dumps(read)}: write {json.dumps(read)}.")
+    return found
+
+
+def _at(data: Any, place: str) -> Value:
+    """The value at a plain path of a configuration's JSON values."""
+    for part in place.split("."):
+        data = data[int(part)] if isinstance(data, list) else data[part]
+    return data
 
 
 def _condition_problems(axis: Axis, space: Space) -> list[str]:

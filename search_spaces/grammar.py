@@ -33,6 +33,7 @@ GRAMMAR = (
     "choice(A, B, ...) or [A, B, ...]"
 )
 KINDS = ("log", "uniform", "int", "logint", "choice")
+SHOWN = 120  # characters of what was typed, in a message
 # what other programs call them
 _ALSO = {"loguniform": "log", "logfloat": "log", "float": "uniform", "linear": "uniform", "randint": "int",
          "quniform": "int", "range": "int", "integer": "int", "lograndint": "logint", "intlog": "logint",
@@ -56,7 +57,7 @@ def parse_domain(text: str) -> Domain:
         return Choice(tuple(_arguments(text, text[1:-1])))
     found = _CALL.fullmatch(text)
     if found is None:
-        raise ConfigError(f"{text!r} is no domain{_hint(text)}; {GRAMMAR}.")
+        raise ConfigError(f"{_quoted(text)} is no domain{_hint(text)}; {GRAMMAR}.")
     kind, values = found["kind"], _arguments(text, found["arguments"])
     if kind == "choice":
         return Choice(tuple(values))
@@ -68,7 +69,7 @@ def parse_domain(text: str) -> Domain:
         return Int(numbers[0], numbers[1], log=kind == "logint", step=numbers[2] if len(numbers) > 2 else 1)
     meant = _ALSO.get(kind.lower()) or next(iter(difflib.get_close_matches(kind.lower(), KINDS, n=1)), None)
     asked = f" (did you mean {meant}(...)?)" if meant else ""
-    raise ConfigError(f"{text!r}: there is no {kind}(...){asked}; {GRAMMAR}.")
+    raise ConfigError(f"{_quoted(text)}: there is no {kind}(...){asked}; {GRAMMAR}.")
 
 
 def spell_domain(domain: Domain) -> str:
@@ -87,7 +88,7 @@ def parse_assignment(text: str) -> Axis:
     """The axis that `optim.lr=log(1e-5,1e-3)` means; ` when schedule.kind=wsd` (or `=[wsd, linear]`) may follow."""
     found = _ASSIGNMENT.fullmatch(text.strip())
     if found is None:
-        raise ConfigError(f"an axis is PATH=DOMAIN, such as optim.lr=log(1e-5,1e-3), got {text!r}; {GRAMMAR}.")
+        raise ConfigError(f"an axis is PATH=DOMAIN, such as optim.lr=log(1e-5,1e-3), got {_quoted(text)}; {GRAMMAR}.")
     path = found["path"]
     try:
         when = None if found["values"] is None else When(found["parent"], _listed(yaml12.parse(found["values"])))
@@ -174,17 +175,18 @@ def _listed(value: Value) -> tuple[Value, ...]:
 def _arguments(text: str, inside: str) -> tuple[Value, ...]:
     try:
         values = yaml12.parse(f"[{inside}\n]")
-    except ConfigError:
-        values = None
+    except ConfigError as error:
+        why = str(error).removesuffix(".")
+        raise ConfigError(f"{_quoted(text)}: the values must be a list such as 8, 16, 32 ({why}); {GRAMMAR}.") from None
     if not isinstance(values, list):
-        raise ConfigError(f"{text!r}: the values must be a list such as 8, 16, 32; {GRAMMAR}.")
+        raise ConfigError(f"{_quoted(text)}: the values must be a list such as 8, 16, 32; {GRAMMAR}.")
     return _scalars_or_lists(values, text)
 
 
 def _scalars_or_lists(values: list[Any], text: str) -> tuple[Value, ...]:
     flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
     if any(isinstance(item, (dict, list)) for item in flat):
-        raise ConfigError(f"{text}: a value is a number, a word, true, false, null or a list of them.")
+        raise ConfigError(f"{_quoted(text)}: a value is a number, a word, true, false, null or a list of them.")
     return tuple(values)
 
 
@@ -194,7 +196,9 @@ def _numbers(text: str, kind: str, values: tuple[Value, ...], *, counts: tuple[i
     wrong = [value for value in values if isinstance(value, bool) or not isinstance(value, types)]
     if len(values) not in counts or wrong:
         got = f"{wrong[0]!r}" if wrong else f"{len(values)}"
-        raise ConfigError(f"{text!r}: {kind} takes {' or '.join(map(str, counts))} {wanted}, got {got}; {GRAMMAR}.")
+        raise ConfigError(
+            f"{_quoted(text)}: {kind} takes {' or '.join(map(str, counts))} {wanted}, got {got}; {GRAMMAR}."
+        )
     return list(values)
 
 
@@ -202,6 +206,11 @@ def _hint(text: str) -> str:
     if "(" in text and ")" not in text:
         return " (its bracket is not closed; inside the { } of YAML, put it in quotes)"
     return " but one value, which leaves nothing to search (set it as an override)" if _WORD.fullmatch(text) else ""
+
+
+def _quoted(text: str) -> str:
+    """What was typed, for a message; the beginning of what is longer than a line."""
+    return repr(text) if len(text) <= SHOWN else f"{text[:SHOWN]!r}... ({len(text):,} characters)"
 
 
 def _spelled(value: Value) -> str:

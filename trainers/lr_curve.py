@@ -16,6 +16,7 @@ from trainers.errors import ConfigError, TrainingFailed
 
 DIVERGENCE = 4.0  # a loss above this many times the lowest smoothed one ends the test, as in fastai
 FEWEST_POINTS = 8  # below, no curve to read anything from
+MOST_POINTS = 100_000
 LEAST_FALL = 0.01  # of the loss before the first update: a smaller fall is none
 NOISE = 6.0  # a fall below so many standard errors of the smoothed loss is noise: its range over some 100 points
 
@@ -29,13 +30,19 @@ class NoSuggestion(TrainingFailed):
 def geometric(low: float, high: float, steps: int) -> tuple[float, ...]:
     """`steps` learning rates from `low` to `high`, each the same factor above the one before.
 
-    Raises ConfigError where the bounds are not 0 < low < high or there are fewer than FEWEST_POINTS steps.
+    Raises ConfigError where the bounds are not 0 < low < high, or the steps not FEWEST_POINTS to MOST_POINTS.
     """
     if not (math.isfinite(low) and math.isfinite(high) and 0 < low < high):
         raise ConfigError(
             f"a range test goes up from a small learning rate above 0 to a larger one, got --from {low:g} --to "
             f"{high:g}." + (f" Did you mean --from {high:g} --to {low:g}?" if 0 < high < low < math.inf else "")
         )
+    if high / low == math.inf:
+        raise ConfigError(
+            f"from --from {low:g} to --to {high:g} is farther than numbers of 64 bits count: bring them nearer."
+        )
+    if steps > MOST_POINTS:
+        raise ConfigError(f"--steps {steps}: a range test has at most {MOST_POINTS:,} steps; 100 to 1000 are good.")
     if steps < FEWEST_POINTS:
         raise ConfigError(
             f"--steps {steps}: a range test needs at least {FEWEST_POINTS} steps to show a curve; 100 or more are good."

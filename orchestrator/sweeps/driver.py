@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.claimed import make_folder, say
 from orchestrator.experiment import cache_dir
 from orchestrator.memory_limit import limit_for
+from orchestrator.plan import packed_tokens
 from orchestrator.preflight import check_device, check_model
 from orchestrator.ray_cluster import ray_cluster
 from orchestrator.signals import StopSignals
@@ -30,7 +31,16 @@ from orchestrator.sweeps.rules import build_rule
 from orchestrator.sweeps.searchers import build_searcher, left_of_grid
 from orchestrator.sweeps.settings import SweepSettings, build_settings
 from orchestrator.sweeps.slots import Slots, slots_of, starts_ahead
-from orchestrator.sweeps.sweep import Sweep, SweepRequest, settle_name, sweep_fields, tokens_of_phases, write_sweep
+from orchestrator.sweeps.sweep import (
+    Sweep,
+    SweepRequest,
+    check_batches,
+    settle_name,
+    sweep_fields,
+    tokens_of_phases,
+    uneven,
+    write_sweep,
+)
 from orchestrator.sweeps.table import SweepDisplay
 from orchestrator.sweeps.training import open_trial, take_over
 from orchestrator.sweeps.trials import in_tokens
@@ -74,6 +84,7 @@ def tune(
             data = prepare(base, cache_dir(request.runs_dir), progress=display.packing)
         check_model(base, data.tokenizer.vocab_size)
         tokens = tokens_of_phases(base, data)
+        check_batches(base, space, [[packed_tokens(source) for source in phase.sources] for phase in data.phases])
         typed, base = base, in_tokens(base, tokens)
         settings = build_settings(draft, space.to_json(), sum(tokens))
         fields = sweep_fields(base, settings, hashes)
@@ -172,8 +183,9 @@ class SweepDriver:
             self.signals.leave_if_asked()
             slots = slots_of(ray, sweep, self.request)
             self.sweep = sweep = self._within_memory(slots)
-            if left := left_of_grid(sweep.settings, sweep.space):
-                display.note(left)
+            for note in (left_of_grid(sweep.settings, sweep.space), uneven(sweep.base, sweep.space)):
+                if note:
+                    display.note(note)
             display.status("opening MLflow")
             parent = open_parent(sweep, opening, slots.count, display.note)
             population = Population(sweep.settings, sweep.space) if sweep.settings.scheduler == "pbt" else None

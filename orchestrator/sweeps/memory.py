@@ -155,7 +155,14 @@ def take_out(base: RunConfig, space: Space, limit_bytes: int, footprints: Footpr
         short = [(point, peak) for point, peak in peaks if peak > limit_bytes]
         if not short:
             break
-        path, value = _most_in(space, [point for point, _ in short], [point for point, _ in peaks])
+        going = _most_in(space, [point for point, _ in short], [point for point, _ in peaks])
+        if going is None:
+            raise UserError(
+                f"no point of the space fits into memory: even with one row at a time "
+                f"{size(min(peak for _, peak in short))} is needed, and {size(limit_bytes)} may be used. Raise "
+                "--memory-limit, lower --concurrent, set model.activation_checkpointing=true, or search smaller models."
+            )
+        path, value = going
         needed = min(peak for point, peak in short if _holds(point, path, value))
         cell = f"{path}={value if isinstance(value, str) else json.dumps(value)}"
         taken[cell, path] = f"one row at a time needs {size(needed)}, and {size(limit_bytes)} may be used"
@@ -170,8 +177,8 @@ def _key(point: Mapping[str, Value]) -> str:
     return json.dumps(point, sort_keys=True)
 
 
-def _most_in(space: Space, short: list[dict[str, Value]], cells: list[dict[str, Value]]) -> tuple[str, Value]:
-    """The option of a choice that the largest share of its cells does not fit with. UserError where none can go."""
+def _most_in(space: Space, short: list[dict[str, Value]], cells: list[dict[str, Value]]) -> tuple[str, Value] | None:
+    """The option of a choice that the largest share of its cells does not fit with. None: none can go."""
     options = [
         (axis.path, value)
         for axis in space.axes
@@ -184,12 +191,7 @@ def _most_in(space: Space, short: list[dict[str, Value]], cells: list[dict[str, 
         return bad / max(1, all_of_it), bad
 
     worst = max(options, key=failing, default=None)
-    if worst is None or not failing(worst)[1]:
-        raise UserError(
-            "no point of the space fits into memory, not even with one row at a time. Raise --memory-limit, lower "
-            "--concurrent, set model.activation_checkpointing=true, or search smaller models."
-        )
-    return worst
+    return None if worst is None or not failing(worst)[1] else worst
 
 
 def _holds(point: Mapping[str, Value], path: str, value: Value) -> bool:

@@ -40,6 +40,11 @@ def check_population(space: Space, settings: SweepSettings, workers: int) -> Non
         raise ConfigError(f"scheduler=pbt trains each member in one process, got --workers {workers}: say --workers 1.")
     if settings.trials < 4:
         raise ConfigError(f"scheduler=pbt needs a population of at least 4, got --trials {settings.trials}.")
+    if settings.evaluations < 2:
+        raise ConfigError(
+            f"scheduler=pbt changes settings between two evaluations, got --evaluations {settings.evaluations}: say 2 "
+            "or more."
+        )
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,12 @@ from orchestrator.sweeps.memory import MARGIN, Allowed, Footprints, is_ample, ta
 from orchestrator.sweeps.searchers import left_of_grid
 from orchestrator.sweeps.settings import SweepSettings, build_settings
 from orchestrator.sweeps.slots import Slots, asked_cluster, slots_of
-from orchestrator.sweeps.sweep import Sweep, SweepRequest
+from orchestrator.sweeps.sweep import Sweep, SweepRequest, check_batches, settle_name, sweep_fields, uneven
+from orchestrator.sweeps.trials import in_tokens
 from search_spaces.precisions import Device
 from search_spaces.space import Space
 from trainers.config import RunConfig
+from trainers.data.prepare import data_hashes
 from trainers.errors import UserError
 
 DONE = 0
@@ -41,8 +43,11 @@ def rehearse(
     report = survey_plan(base, request.runs_dir)
     if report.plan is None:
         raise UserError("how much a trial trains is known only once the text is downloaded: set budget.tokens.")
-    tokens = sum(phase.tokens for phase in report.plan.phases)
-    settings = build_settings(draft, space.to_json(), tokens)
+    check_batches(base, space, [phase.train_tokens for phase in report.survey.phases])
+    tokens = [phase.tokens for phase in report.plan.phases]
+    settings = build_settings(draft, space.to_json(), sum(tokens))
+    counted = in_tokens(base, tokens)
+    refuse_name(request, counted, settings)
     sweep = Sweep("", request.runs_dir, request.runs_dir, base, settings, space, {}, (), device)
     slots = slots_there(sweep, request)
     per_second = measured_speed(base, report.survey.vocab_size, settings.cpus_per_trial) if device == "cpu" else None
@@ -64,13 +69,25 @@ def rehearse(
         "seconds_expected": bounds.seconds_expected,
         "seconds_at_most": bounds.seconds_at_most,
         "bounded_by": bounds.by,
-        "notes": [note for note in (left_of_grid(settings, space), unlooked(request.memory_limit)) if note],
+        "notes": [
+            note
+            for note in (left_of_grid(settings, space), uneven(counted, space), unlooked(request.memory_limit))
+            if note
+        ],
     }
     if request.json:
         print_json(facts)
     else:
         _print(base, settings, facts)
     return DONE
+
+
+def refuse_name(request: SweepRequest, base: RunConfig, settings: SweepSettings) -> None:
+    """UserError where --name is another sweep's, or a run's. `base`: budgets in tokens."""
+    if request.name is None or request.fresh or not (request.runs_dir / request.name).exists():
+        return
+    hashes = data_hashes(base)  # remembers nothing: a rehearsal leaves nothing behind
+    settle_name(request, base.preset, settings, sweep_fields(base, settings, hashes))
 
 
 def within_memory(

@@ -42,21 +42,26 @@ def build_searcher(settings: SweepSettings, space: Space) -> Searcher:
 
 
 def grid_cells(space: Space, points_per_axis: int) -> int:
-    """How many cells the grid has, counted up to what no sweep trains."""
-    return max(1, sum(1 for _ in islice(space.grid(points_per_axis), MOST_CELLS)))
+    """How many cells the grid has, counted up to what no sweep trains: MOST_CELLS + 1 stands for that and all above."""
+    return max(1, sum(1 for _ in islice(space.grid(points_per_axis), MOST_CELLS + 1)))
 
 
 def left_of_grid(settings: SweepSettings, space: Space) -> str | None:
-    """A sentence for a person where a grid is larger than the sweep, whose trials then lie in a corner of it."""
+    """A sentence for a person where a grid is larger than the sweep, whose trials then lie in a corner of it, or
+    smaller."""
     if settings.searcher != "grid":
         return None
     cells = grid_cells(space, settings.grid_points)
-    if settings.trials >= cells:
+    if settings.trials > cells:
+        return f"the grid has {cells:,} cells: of --trials {settings.trials}, no more are trained"
+    if settings.trials == cells:
         return None
-    there = f"{cells:,} cells" + (" or more" if cells == MOST_CELLS else "")
+    whole = cells <= MOST_CELLS
+    there = f"{cells:,} cells" if whole else f"more than {MOST_CELLS:,} cells"
+    all_of_them = f"say --trials {cells} for the whole grid, or" if whole else "say"
     return (
         f"the grid has {there}, and --trials {settings.trials} takes the first {settings.trials} in order, "
-        f"{list(space)[-1]} fastest: say --trials {cells} for the whole grid, or --searcher random for an even choice"
+        f"{list(space)[-1]} fastest: {all_of_them} --searcher random for an even choice"
     )
 
 

@@ -14,6 +14,8 @@ METRICS = (
     "train/loss", "perf/tokens_per_s", "mem/peak_gib",
 )  # fmt: skip
 """what a trial reports at an evaluation"""
+MOST_TOKENS = 10**18
+"""of a training, beyond any: what stands for its tokens until the text is read"""
 OPTIONS = {"objectives": "--objective", "seed": "--search-seed"}
 """where the command line says it in another word"""
 
@@ -64,7 +66,7 @@ class SweepSettings(BaseModel):
     """of each training, evenly spaced in tokens"""
     reduction: Annotated[int, Field(gt=1)] = 3
     """asha and hyperband: of so many trials at a rung one goes on"""
-    grace: Annotated[int, Field(gt=0)] | None = None
+    grace: Annotated[int, Field(gt=0, le=MOST_TOKENS)] | None = None
     """tokens before anything is stopped; None: the first evaluation"""
     lr_rule: Literal["none", "linear", "sqrt"] = "none"
     """how optim.lr follows batch.sequences; the searched or configured lr is then that of the base batch"""
@@ -79,13 +81,21 @@ class SweepSettings(BaseModel):
                 f"searcher={self.searcher} takes {'several objectives' if not several else 'one objective'}: "
                 f"give --objective {'twice' if not several else 'once'}, or choose another --searcher."
             )
+        twice = [
+            one.metric for one in self.objectives if [each.metric for each in self.objectives].count(one.metric) > 1
+        ]
+        if twice:
+            raise ValueError(f"--objective {twice[0]} is given twice: each objective is a metric of its own.")
         if self.scheduler == "pbt" and (self.seeds > 1 or several or self.searcher == "grid"):
             raise ValueError(
                 "scheduler=pbt changes a trial's settings while it trains, so it goes with one seed, one objective "
                 "and --searcher random or tpe for the first population."
             )
         if self.grace is not None and self.grace > self.tokens:
-            raise ValueError(f"grace ({self.grace:,} tokens) must not exceed the budget of a trial ({self.tokens:,}).")
+            raise ValueError(
+                f"--grace {self.grace} must not exceed the tokens of a trial ({self.tokens}): lower it, or raise "
+                "budget.tokens."
+            )
         return self
 
     @property

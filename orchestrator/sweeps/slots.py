@@ -112,7 +112,7 @@ def slots_of(ray: Any, sweep: Sweep, request: SweepRequest) -> Slots:
     if per_trial > gpus:
         raise UserError(
             f"a trial needs {per_trial:g} GPUs and the cluster has {gpus:g}: it could never start. "
-            "Lower --gpus-per-trial (a fraction shares one GPU), or say --device cpu."
+            f"{_fewer_gpus(wanted, gpus)}"
         )
     if workers > 1 and per_trial and per_trial != workers:
         raise UserError(f"a trial of {workers} workers takes a GPU each: leave --gpus-per-trial {per_trial:g} out.")
@@ -124,3 +124,12 @@ def slots_of(ray: Any, sweep: Sweep, request: SweepRequest) -> Slots:
         return Slots(count, resources, {}, per_trial)
     share = Resources(each, int(per_trial > 0), int(gpus))
     return Slots(count, DRIVER, asdict(share), per_trial)
+
+
+def _fewer_gpus(wanted: float | None, gpus: float) -> str:
+    """The way out, where a trial asks for `wanted` GPUs (None: one for each worker) of fewer."""
+    if wanted is None:
+        return "Say --device cpu, or --gpus-per-trial 0.5 for two trials on a GPU."
+    if gpus:
+        return "Lower --gpus-per-trial (a fraction shares one GPU)."
+    return "Leave --gpus-per-trial out, and say --device cpu."

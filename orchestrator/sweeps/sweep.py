@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 from orchestrator.experiment import SWEEP, confined, write_atomically
 from orchestrator.plan import packed_tokens, plan_phase, steps_per_epoch
 from orchestrator.sweeps.foreseen import TrialFootprints
+from orchestrator.sweeps.journal import JOURNAL
+from orchestrator.sweeps.memory_cells import with_largest_batch
 from orchestrator.sweeps.settings import SweepSettings
 from search_spaces.precisions import Device
 from search_spaces.space import Space
@@ -19,7 +22,7 @@ from trainers.config import RunConfig
 from trainers.config_io import differences, dump_yaml, fingerprint_fields
 from trainers.data.types import PreparedData
 from trainers.deepspeed_config import tuned_by
-from trainers.errors import ConfigError
+from trainers.errors import ConfigError, DataError
 from trainers.identity import read_json
 from trainers.initial import initial_hash
 
@@ -95,6 +98,32 @@ def tokens_of_phases(config: RunConfig, data: PreparedData) -> list[int]:
     return [plan_phase(config, spec, length).tokens for spec, length in zip(specs, lengths, strict=True)]
 
 
+def check_batches(base: RunConfig, space: Space, texts: Sequence[Sequence[int | None]]) -> None:
+    """ConfigError where a step of the largest batch is more than the text: packed tokens of its sources, phase by phase
+    (None: a stream)."""
+    largest = with_largest_batch(base, space)
+    if largest is base:
+        return
+    for spec, tokens in zip(largest.resolved_phases(), texts, strict=True):
+        try:
+            plan_phase(largest, spec, steps_per_epoch(largest, list(tokens)))
+        except DataError as error:
+            raise ConfigError(f"batch.sequences={largest.sequences_per_step} of the space: {error}") from None
+
+
+def uneven(base: RunConfig, space: Space) -> str | None:
+    """A sentence for a person where one step of the largest batch is more than a phase of `base`, whose budgets are in
+    tokens, trains on: trials are not compared at equal tokens then."""
+    largest = with_largest_batch(base, space)
+    step, least = largest.tokens_per_step, min(phase.budget.tokens or 0 for phase in base.resolved_phases())
+    if step <= least:
+        return None
+    return (
+        f"one step of batch.sequences={largest.sequences_per_step} takes {step:,} tokens, and a trial is to train on "
+        f"{least:,}: such trials train on more than the others; raise the budget, or search smaller batches"
+    )
+
+
 def total_steps_of(config: RunConfig) -> int:
     """Steps of a run whose budgets are in tokens."""
     phases = config.resolved_phases()
@@ -135,8 +164,14 @@ def refuse_another(name: str, folder: Path, fields: dict[str, Any]) -> None:
     if stored is None:
         if (folder / "identity.json").exists():
             raise ConfigError(f"{name!r} is the name of a run. Give the sweep another --name.")
-        return
-    was = stored.get("fields", {})
+        if not (folder / SWEEP).exists() and not _has_trials(folder):
+            return
+    was = (stored or {}).get("fields")
+    if not isinstance(was, dict) or not str(was.get(MAY_GROW)).isdecimal():
+        raise ConfigError(
+            f"sweep {name!r} is damaged: {folder / SWEEP} does not say what it searches. Put the file back, or give "
+            f"this one another --name, or --fresh to start {name}-2."
+        )
     if fingerprint_of(was) != fingerprint_of(fields):
         changed = "\n  ".join(_changes(was, fields))
         raise ConfigError(
@@ -148,6 +183,11 @@ def refuse_another(name: str, folder: Path, fields: dict[str, Any]) -> None:
         raise ConfigError(
             f"sweep {name!r} has {trials} trials and cannot take some back: say --trials {trials} or more."
         )
+
+
+def _has_trials(folder: Path) -> bool:
+    journal = folder / JOURNAL
+    return journal.exists() and journal.stat().st_size > 0
 
 
 def _changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:

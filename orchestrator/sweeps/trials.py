@@ -35,6 +35,8 @@ def in_tokens(config: RunConfig, phase_tokens: Sequence[int]) -> RunConfig:
 
 
 def _tokens(tokens: int) -> dict[str, int | None]:
+    if tokens >= 2**63:
+        raise ConfigError(f"a budget of {tokens:.3g} tokens is more than 64 bits count: lower budget.* below {2**63}.")
     return BudgetConfig(steps=None, tokens=tokens, epochs=None).model_dump(mode="json")
 
 

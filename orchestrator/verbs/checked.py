@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from orchestrator.verbs.options import TargetOptions
+from orchestrator.verbs.options import TargetOptions, sentence
 from trainers.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ def check(command: list[str]) -> Checked:
     from orchestrator.cli import app
 
     argv = command[1:] if command[0] == "orchestrate" else command
+    if not argv:
+        raise UserError("say what to run, after --, such as `-- train codelm/tiny --name a`; got `orchestrate` alone.")
     group = typer.main.get_command(app)
     assert isinstance(group, typer.core.TyperGroup)
     try:
@@ -58,10 +60,13 @@ def check(command: list[str]) -> Checked:
                 parameters = dict(context.params)
                 source = context.get_parameter_source("runs_dir")
     except typer.TyperException as error:
-        said = error.format_message()
-        said += "" if said.endswith((".", "?", "!")) else "."
-        known = f" `orchestrate {argv[0]} --help` shows how it is used." if argv[0] in group.commands else ""
-        raise UserError(said + known) from None
+        known = argv[0] in group.commands
+        way_out = (
+            f"`orchestrate {argv[0]} --help` shows how it is used."
+            if known
+            else f"The verbs: {', '.join(group.commands)}."
+        )
+        raise UserError(f"{sentence(error)} {way_out}") from None
     named = source is not None and source.name == "COMMANDLINE"
     if named and not parameters["runs_dir"].is_absolute():
         raise UserError(

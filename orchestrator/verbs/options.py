@@ -163,3 +163,22 @@ def _options_of(part: Parameter) -> Iterator[Parameter]:
     hints = get_type_hints(part.annotation, include_extras=True)
     for option in fields(part.annotation):
         yield Parameter(option.name, Parameter.KEYWORD_ONLY, default=option.default, annotation=hints[option.name])
+
+
+def sentence(error: typer.TyperException) -> str:
+    """What typer says of a command line, with the value that it may leave out (typer 0.29: `Input should be a valid
+    integer, unable to parse string as an integer`)."""
+    text = error.format_message()
+    problems = getattr(error.__cause__, "errors", None)  # pydantic's, of one value
+    if problems is not None:
+        found = problems()[0]
+        said = found["msg"].partition(", unable to parse")[0].removeprefix("Value error, ").removesuffix(".")
+        said = said.replace("Input should be", "it must be")
+        given = "" if repr(found["input"]) in said else f", got {_short(found['input'])}"
+        text = text.replace(error.message.removesuffix("."), said).removesuffix(".") + given
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -102,11 +102,19 @@ class SearchOptions:
     def draft(self, space: Space, space_name: str) -> dict[str, Any]:
         """The settings of the sweep, without what the text says. Raises UserError."""
         from orchestrator.sweeps.rules import default_scheduler
-        from orchestrator.sweeps.searchers import grid_cells
+        from orchestrator.sweeps.searchers import MOST_CELLS, grid_cells
+        from trainers.errors import UserError
 
         if self.trials is not None:
             _refuse_below_1("trials", self.trials)
+        if self.grid_points > MOST_CELLS:
+            raise UserError(f"--grid-points must be at most {MOST_CELLS:,}, got {self.grid_points}.")
         cells = grid_cells(space, self.grid_points) if self.searcher == "grid" else DEFAULT_TRIALS
+        if cells > MOST_CELLS and self.trials is None:
+            raise UserError(
+                f"the grid has more than {MOST_CELLS:,} cells, which no sweep trains: lower --grid-points "
+                f"{self.grid_points}, search fewer axes, or take --searcher random with --trials."
+            )
         return {
             "space_name": space_name,
             "searcher": self.searcher,
@@ -262,12 +270,12 @@ def sought(
     """
     from orchestrator.sweeps.population import check_population
     from orchestrator.sweeps.rules import check_rule
-    from orchestrator.sweeps.settings import build_settings
+    from orchestrator.sweeps.settings import MOST_TOKENS, build_settings
     from orchestrator.sweeps.winner import check_can_train
 
     space, name, taken_out = space_of(config, searched.space, searched.set_space or [], device, packages=packages)
     draft = search.draft(space, name)
-    settings = build_settings(draft, space.to_json(), tokens=10**18)
+    settings = build_settings(draft, space.to_json(), tokens=MOST_TOKENS)
     check_rule(space, settings.scheduler)
     if settings.scheduler == "pbt":
         check_population(space, settings, config.workers)
@@ -302,34 +310,43 @@ def space_of(
         entry = catalogued(named, config, device)
         found, name = entry.space, named
         taken_out = tuple((each.cell, each.reason) for each in entry.taken_out)
-    for text in typed:
-        found = found.with_axis(parse_assignment(text))
+    axes = Space(tuple(parse_assignment(text) for text in typed))  # refuses a path that is given twice
+    for axis in axes.axes:
+        found = found.with_axis(axis)
     check(found, config, device, packages=packages)
     return found, name, taken_out
 
 
 def _is_file(named: str) -> bool:
-    return named.endswith((".yaml", ".yml")) or os.path.isfile(named)
+    from search_spaces.catalog import CATALOG
+
+    return (
+        named.endswith((".yaml", ".yml")) or os.path.isfile(named) or (named not in CATALOG and os.path.exists(named))
+    )
 
 
 def _read_space(path: str) -> Space:
+    from search_spaces.catalog import CATALOG
     from search_spaces.grammar import load_space
     from trainers.errors import ConfigError, UserError
 
+    way_out = f"Name a YAML file, or a catalogued space: {', '.join(CATALOG)}."
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for, a device read for ever
+        raise UserError(f"--space {path} is {'a folder' if os.path.isdir(path) else 'no regular file'}. {way_out}")
     try:
         return load_space(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--space {path}: {error.strerror}.") from None
+        raise UserError(f"--space {path}: {error.strerror}. {way_out}") from None
     except UnicodeDecodeError:
-        raise UserError(f"--space {path} is not UTF-8 text.") from None
+        raise UserError(f"--space {path} is not UTF-8 text: save it as UTF-8.") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
 def _objective(text: str) -> dict[str, str]:
-    metric, _, mode = text.partition(":")
+    metric, colon, mode = text.partition(":")
     higher = metric in ("val/accuracy", "perf/tokens_per_s")
-    return {"metric": metric, "mode": mode or ("max" if higher else "min")}
+    return {"metric": metric, "mode": mode if colon else "max" if higher else "min"}
 
 
 def seconds_of(text: str) -> float:
@@ -338,6 +355,6 @@ def seconds_of(text: str) -> float:
 
     found = DURATION.fullmatch(text.strip())
     parts = [float(part or 0) for part in found.groups()] if found else []
-    if not parts or sum(parts) <= 0:
+    if not parts or not 0 < sum(parts) < float("inf"):
         raise UserError(f"--max-time is a time such as 45s, 90m or 1h30m, got {text!r}.")
     return parts[0] * 3600 + parts[1] * 60 + parts[2]

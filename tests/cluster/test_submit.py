@@ -62,6 +62,8 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 BAD = {
     "unknown verb": (["--", "trian"], "Did you mean 'train'?"),
+    "a shell command": (["--", "bash", "-c", "ls"], "The verbs: train,"),
+    "a program alone": (["--", "orchestrate"], "say what to run"),
     "unknown option": (["--", "train", "--nmae", "x"], "orchestrate train --help"),
     "option of another verb": (["--", "show", "--name", "x"], "--name"),
     "unknown preset": (["--", "train", "codelm/tny"], "codelm/tiny"),
@@ -245,7 +247,19 @@ def test_this_machines_runs_folder_is_not_the_clusters(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    "address", ["", "localhost:8265", "ray://host:10001", "auto", "http://", "http://h:x", "http://me:pw@h", "ftp://h"]
+    "address",
+    [
+        "",
+        "http://a b:8265",
+        "http://a:8265\n",
+        "localhost:8265",
+        "ray://host:10001",
+        "auto",
+        "http://",
+        "http://h:x",
+        "http://me:pw@h",
+        "ftp://h",
+    ],
 )
 def test_what_is_no_dashboards_url(address: str) -> None:
     with pytest.raises(SubmissionError, match="--address"):

@@ -162,6 +162,8 @@ def test_a_sweep_smaller_than_its_grid_is_told_so() -> None:
     # Negative controls: the whole grid, and searchers that choose from all of the space.
     assert left_of_grid(settings(SPACE, searcher="grid", trials=cells), SPACE) is None
     assert left_of_grid(settings(SPACE, searcher="random", trials=3), SPACE) is None
+    larger = left_of_grid(settings(SPACE, searcher="grid", trials=cells + 1), SPACE)
+    assert larger == f"the grid has {cells} cells: of --trials {cells + 1}, no more are trained"
 
 
 @pytest.mark.parametrize("name", ["random", "tpe", "multi"])

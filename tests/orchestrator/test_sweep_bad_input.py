@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,32 @@ CASES: dict[str, tuple[list[str], str]] = {
     "a text that is not there": ([*LR, "--data", "txet.txt"], "txet.txt"),
     "an epoch of nothing": ([*LR, "budget.steps=0"], "budget.steps"),
     "a grid of no points": ([*LR, "--searcher", "grid", "--grid-points", "0"], "grid"),
+    "a grid beyond memory": ([*LR, "--searcher", "grid", "--grid-points", "1000000000"], "at most 100,000"),
+    "a grid beyond any sweep": (
+        [*LR, "--set-space", "model.dropout=uniform(0,0.3)", "--searcher", "grid", "--grid-points", "1000"],
+        "--grid-points 1000",
+    ),
+    "a number in quotes": (["--set-space", "batch.sequences=[8,'16']"], '"16" is taken for 16'),
+    "a number for a switch": (["--set-space", "model.bias=[0,1]"], "write false"),
+    "an axis twice": ([*LR, *LR], "optim.lr: given twice"),
+    "a folder for a space": (["--space", "."], "is a folder. Name a YAML file"),
+    "a device for a space": (["--space", "/dev/zero"], "no regular file"),
+    "an objective of no way": ([*LR, "--objective", "val/loss:"], "got ''"),
+    "an objective twice": (
+        [*LR, "--searcher", "multi", "--objective", "val/loss", "--objective", "val/loss:max"],
+        "val/loss is given twice",
+    ),
+    "a population never asked": (
+        [*LR, "--scheduler", "pbt", "--searcher", "random", "--evaluations", "1"],
+        "--evaluations 1",
+    ),
+    "time without end": ([*LR, "--max-time", "9" * 400], "--max-time is a time such as"),
+    "memory without end": ([*LR, "--memory-limit", f"{'9' * 400}GiB"], "--memory-limit is an amount"),
+    "grace beyond counting": ([*LR, "--grace", str(10**30)], "--grace: must be less than"),
+    "the store's own name": ([*LR, "--name", "mlflow.db"], "MLflow store"),
+    "a batch beyond the text": (["--set-space", "batch.sequences=[8,4096]"], "batch.sequences=4096 of the space"),
+    "tokens beyond counting": ([*LR, f"budget.steps={2**63 - 1}"], "more than 64 bits count"),
+    "trials in words": ([*LR, "--trials", "many"], "it must be a valid integer, got 'many'"),
 }
 
 
@@ -82,11 +109,22 @@ def test_bad_input_gets_one_message_and_leaves_nothing(
     assert left_behind(tmp_path) == ["text.txt"]
 
 
+def test_a_pipe_for_a_space_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert "no regular file" in refused([*TINY, "--space", "pipe.yaml"], capsys)
+
+
 def test_a_dry_run_refuses_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = ("an unknown space", "no trials", "an unknown metric", "grace beyond the budget", "a population of three")
+    cases += ("a batch beyond the text", "tokens beyond counting")
     for case in (*cases, "a population trained on", "more CPUs than there are"):
         arguments, part = CASES[case]
         assert part in refused([*TINY, *arguments, "--dry-run"], capsys)
+    assert "Leave --gpus-per-trial out, and say --device cpu." in refused(
+        [*TINY, *LR, "--gpus-per-trial", "1e6", "--dry-run"], capsys
+    )
+    said = refused([*TINY, *LR, "--memory-limit", "1KiB", "--dry-run"], capsys)
+    assert "is needed, and 942 B may be used" in said
     assert left_behind(tmp_path) == ["text.txt"]
 
 
@@ -129,6 +167,7 @@ def test_a_used_name_is_refused_with_what_differs(first: Path, capsys: pytest.Ca
         ([*LR, "--trials", "1"], "--trials 2 or more"),
     ):
         assert part in refused([*TINY, "--name", "first", *arguments], capsys)
+        assert part in refused([*TINY, "--name", "first", *arguments, "--dry-run"], capsys)
     after = {path: path.read_bytes() for path in first.rglob("*") if path.is_file() and path.name != "claim"}
     assert after == before
 
@@ -167,6 +206,30 @@ def test_a_runs_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / "runs" / "mine" / "identity.json").write_text(json.dumps({"fingerprint": "a" * 64, "fields": {}}))
     assert "name of a run" in refused([*TINY, "--name", "mine", *LR], capsys)
+
+
+def test_a_batch_beyond_the_budget_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Trials of it train on more than the others. The control: at two steps they do not."""
+    for steps, told in ((1, True), (2, False)):
+        more = ["--set-space", "batch.sequences=[8,16]", f"budget.steps={steps}", "--dry-run", "--json"]
+        assert main([*TINY, *more]) == DONE
+        notes = json.loads(capsys.readouterr().out)["notes"]
+        assert any("one step of batch.sequences=16 takes 512 tokens" in note for note in notes) is told
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"fields": {}}'])
+def test_a_damaged_sweep_is_not_begun_anew(
+    content: str | None, first: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its trials would be taken for those of another space."""
+    trials = (first / JOURNAL).read_bytes()
+    (first / "sweep.json").unlink()
+    if content is not None:
+        (first / "sweep.json").write_text(content)
+    for more in ([], ["--dry-run"]):
+        assert "is damaged" in refused([*TINY, "--name", "first", *LR, "--trials", "2", *more], capsys)
+    assert (first / JOURNAL).read_bytes() == trials
+    assert (first / "sweep.json").exists() == (content is not None)
 
 
 def test_a_sweeps_name_is_refused_to_a_run(first: Path, capsys: pytest.CaptureFixture[str]) -> None:

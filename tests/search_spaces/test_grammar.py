@@ -67,6 +67,8 @@ def test_the_grammar(text: str, domain: Domain) -> None:
         ("optim.lr=", "an axis is PATH=DOMAIN"),
         ("=log(1,2)", "an axis is PATH=DOMAIN"),
         ("optim.lr=0.1", "optim.lr: '0.1' is no domain but one value"),
+        (f"optim.lr=uniform(0, 1{60 * chr(48)})", "a whole number of 61 digits is too large"),
+        (f"optim.lr={300 * chr(40)}", "(300 characters)"),
         ("optim.lr=log(1e-5)", "log takes 2 numbers, got 1"),
         ("optim.lr=log(a, b)", "log takes 2 numbers, got 'a'"),
         ("optim.lr=log(true, 2)", "log takes 2 numbers, got True"),
