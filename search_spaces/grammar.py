@@ -216,6 +216,14 @@ def _quoted(text: str) -> str:
 def _spelled(value: Value) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_spelled, value))}]"
-    if isinstance(value, str) and _WORD.fullmatch(value) and yaml12.parse(f"[{value}]") == [value]:
+    if isinstance(value, str) and _WORD.fullmatch(value) and _is_plain(value):
         return value
     return json.dumps(value, ensure_ascii=False)
+
+
+def _is_plain(word: str) -> bool:
+    """Whether YAML reads it as itself without quotes, before a comma and before a line's end alike."""
+    try:
+        return bool(yaml12.parse(f"[{word}, {word}\n]") == [word, word])
+    except ConfigError:
+        return False

@@ -146,6 +146,7 @@ def test_the_weights_that_won_were_trained_at_a_rate_that_fell(played: Played) -
     assert len(rates) > 1 and rates[-1] < rates[0] / 2, rates
 
 
+@pytest.mark.slow
 def test_no_constant_rate_is_as_good(played: Played, tmp_path: Path) -> None:
     """Not the best of a grid, nor, the control, the same members left to themselves."""
     constant = grid_of(tmp_path / "grid", "constant")

@@ -152,7 +152,7 @@ def test_a_run_over_a_4_bit_base_learns_and_saves_adapters_alone(base: Path, who
     assert checkpoint.meta["base"]["step"] == source.step
 
 
-@pytest.mark.parametrize("plan", [Plan(stop_at=5), Plan(kill_at=8)])
+@pytest.mark.parametrize("plan", [pytest.param(Plan(stop_at=5), marks=pytest.mark.slow), Plan(kill_at=8)])
 def test_it_goes_on_bit_for_bit_without_the_run_it_came_from(
     base: Path, whole: tuple[Path, Any], tmp_path: Path, plan: Plan
 ) -> None:

@@ -312,6 +312,7 @@ def test_old_or_new_with_one_checkpoint_kept(bench: Bench) -> None:
     assert bench.checked >= 200
 
 
+@pytest.mark.slow
 def test_old_or_new_with_three_kept(bench: Bench) -> None:
     before, ops = bench.record([1, 2, 3], 4, keep=2)
     assert bench.violation(before, ops, {of(1), of(3), of(4)}, 4, keep=2) is None  # 1 is the old best
