@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.experiment import SWEEP, confined
-from trainers.errors import UserError
+from trainers.errors import ConfigError, UserError
 
 State = Literal["running", "stopped", "finished", "failed", "interrupted", "damaged"]
 MARKERS = ("identity.json", "config.yaml", "claim")  # any of these makes a folder a run
@@ -57,8 +57,11 @@ def run_folder(runs_dir: Path, name: str) -> Path:
     if len(parts) > DEPTH:
         raise UserError(f"{name[:60]!r} is too deep for a run's name: at most SWEEP/TRIAL.")
     folder = runs_dir
-    for part in parts:
-        folder = confined(folder, part)
+    try:
+        for part in parts:
+            folder = confined(folder, part)
+    except ConfigError as error:
+        raise error if len(parts) == 1 else UserError(f"{name[:60]!r}: {error}") from None
     return folder
 
 
@@ -76,6 +79,7 @@ def existing_run(runs_dir: Path, name: str) -> Path:
 def name_in(runs_dir: Path, text: str) -> str:
     """`runs/first-run/` -> `first-run`, where `runs` is the runs folder; any other text as it is."""
     root, path = os.path.abspath(runs_dir), os.path.abspath(text)
+    text = text.rstrip("/") or text  # as a shell completes a folder
     if ("/" in text or os.sep in text) and path.startswith(root + os.sep):
         return Path(os.path.relpath(path, root)).as_posix()
     return text

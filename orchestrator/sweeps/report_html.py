@@ -14,6 +14,7 @@ from orchestrator.sweeps import words
 from orchestrator.sweeps.figures import Picture, drawn_pictures
 from orchestrator.sweeps.importance import importance
 from orchestrator.sweeps.results import FAILED, STOPPED, UNENDED, SweepResults
+from trainers.errors import UserError
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
@@ -64,13 +65,22 @@ details { margin-top: 1rem; } summary { cursor: pointer; color: var(--quiet); }
 
 
 def write_page(results: SweepResults, target: Path) -> None:
-    """Draw the figures and write the page to `target`, whole: a reader finds the old one or the new one."""
+    """Draw the figures and write the page to `target`, whole: a reader finds the old one or the new one.
+
+    Raises UserError where it cannot be written.
+    """
     with tempfile.TemporaryDirectory(prefix="orchestrate-report-") as folder:
         figures = [(picture, path.read_bytes()) for picture, path in drawn_pictures(results, Path(folder))]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text(page(results, figures), encoding="utf-8", errors="replace")
-    os.replace(temporary, target)
+    text = page(results, figures)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.tmp")
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(
+            f"the page {target} cannot be written: {error.strerror}. Name another file with --output."
+        ) from None
 
 
 def page(results: SweepResults, figures: Sequence[tuple[Picture, bytes]]) -> str:

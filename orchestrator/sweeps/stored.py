@@ -25,6 +25,7 @@ from trainers.errors import UserError
 NUMBER = re.compile(r"t(\d+)(?:-s\d+)?")
 ENDINGS = {"FINISHED": "completed", "KILLED": "user", "FAILED": "error"}
 """of a trial that says nothing more"""
+BEYOND = 1e300
 STATES = {"RUNNING": "running", "SCHEDULED": "running", "FINISHED": "finished", "KILLED": "stopped", "FAILED": "failed"}
 
 
@@ -61,7 +62,7 @@ def results_of(store: Store, sweep: StoredRun) -> SweepResults:
         notes.append("MLflow has no settings of this sweep: val/loss, less is better, is assumed.")
     trials = [_trial(store, run, objectives[0].metric, notes) for run in children_of(store, sweep) if _is_trial(run)]
     points = _points(trials)
-    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    finite = {name: value for name, value in metrics.items() if _is_known(value)}
     best = NUMBER.fullmatch(tags.get("sweep.best", ""))
     return SweepResults(
         name=sweep.name,
@@ -104,7 +105,7 @@ def _trial(store: Store, run: StoredRun, metric: str, notes: list[str]) -> Trial
     name = tags.get("trial", run.name)
     number = NUMBER.fullmatch(name)
     config, params = _current(run), _json(tags, "trial.params", dict, notes)
-    rates = [rate for _, rate in _history(store, run, "perf/tokens_per_s") if math.isfinite(rate)]
+    rates = [rate for _, rate in _history(store, run, "perf/tokens_per_s") if _is_known(rate)]
     return TrialResult(
         name=name,
         point=_whole(tags.get("trial.point"), int(number[1]) if number else -1),
@@ -143,7 +144,7 @@ def _told(metrics: Mapping[str, float]) -> tuple[float, ...]:
     while f"sweep/objective_{len(names)}" in metrics:
         names.append(f"sweep/objective_{len(names)}")
     values = tuple(metrics.get(name, math.nan) for name in names)
-    return values if all(map(math.isfinite, values)) else ()
+    return values if all(map(_is_known, values)) else ()
 
 
 def _curve(store: Store, run: StoredRun, metric: str) -> Curve:
@@ -152,7 +153,7 @@ def _curve(store: Store, run: StoredRun, metric: str) -> Curve:
     if not by_tokens and metric in run.metrics:
         tokens = dict(_history(store, run, "tokens"))
         by_tokens = [(int(tokens[step]), value) for step, value in _history(store, run, metric) if step in tokens]
-    return tuple((at, value) for at, value in by_tokens if math.isfinite(value))
+    return tuple((at, value) for at, value in by_tokens if _is_known(value))
 
 
 def _history(store: Store, run: StoredRun, name: str) -> list[tuple[int, float]]:
@@ -192,4 +193,9 @@ def _whole(text: str | None, default: int) -> int:
 
 
 def _finite(value: float | None, default: float) -> float:
-    return value if value is not None and math.isfinite(value) else default
+    return value if value is not None and _is_known(value) else default
+
+
+def _is_known(value: float) -> bool:
+    """Finite, and not so large that no axis could be drawn to it: the perplexity of a loss that diverges."""
+    return abs(value) < BEYOND

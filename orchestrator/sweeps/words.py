@@ -22,6 +22,10 @@ REASONS = {
     "budget": "wait for more budget: the same command with more goes on",
     "user": "were interrupted: the same command goes on",
 }
+REASONS_OF_ONE = {
+    "budget": "waits for more budget: the same command with more goes on",
+    "user": "was interrupted: the same command goes on",
+}
 NAMES = 8
 """names in a sentence before it says how many more there are"""
 
@@ -160,10 +164,12 @@ def stopped_words(results: SweepResults) -> list[str]:
 
 
 def _stopped_sentence(group: Stopped) -> str:
-    many = f"{len(group.points)} trial{'s' if len(group.points) != 1 else ''}"
+    one = len(group.points) == 1
+    many = "1 trial" if one else f"{len(group.points)} trials"
     if group.reason in STOPPED:
         return f"{group.reason} stopped {many} at {count(group.tokens)} tokens: {names_of(group.points)}."
-    return f"{many} {REASONS.get(group.reason, f'ended ({group.reason})')}: {names_of(group.points)}."
+    reasons = REASONS | REASONS_OF_ONE if one else REASONS
+    return f"{many} {reasons.get(group.reason, f'ended ({group.reason})')}: {names_of(group.points)}."
 
 
 def counts_words(results: SweepResults) -> str:

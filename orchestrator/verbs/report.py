@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,7 +43,7 @@ def report(
 
     if json and markdown:
         raise UserError("--json and --markdown both print the report: choose one of them.")
-    if output is not None and output.is_dir():
+    if output is not None and os.path.isdir(output):
         raise UserError(f"--output {output} is a folder: name a file in it, such as {output / 'report.html'}.")
     results = read_sweep(runs_dir.absolute(), sweep)
     page = output or (None if json or markdown else runs_dir.absolute() / results.name / "report.html")

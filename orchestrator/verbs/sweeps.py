@@ -241,10 +241,16 @@ def tune(
     """
     from orchestrator.runs import check_runs_dir
     from orchestrator.sweeps.slots import check_fits_here, device_of
+    from trainers.errors import UserError
 
     chosen = target.resolve()
     request = limits.request(target.runs_dir.absolute(), chosen.loaded or chosen.config, target.typed_runs_dir)
     device = device_of(chosen.config, request)
+    if device == "cpu" and limits.max_gpu_hours is not None:
+        raise UserError(
+            f"--max-gpu-hours {limits.max_gpu_hours:g} would bound nothing: these trials train on the CPU. Say "
+            "--max-time or --max-tokens."
+        )
     space, draft, taken_out = sought(chosen.config, searched, search, device, then_train=limits.then_train)
     check_fits_here(chosen.config.workers, search.cpus_per_trial)
     if not dry_run:
@@ -272,11 +278,17 @@ def sought(
     from orchestrator.sweeps.rules import check_rule
     from orchestrator.sweeps.settings import MOST_TOKENS, build_settings
     from orchestrator.sweeps.winner import check_can_train
+    from trainers.errors import UserError
 
     space, name, taken_out = space_of(config, searched.space, searched.set_space or [], device, packages=packages)
     draft = search.draft(space, name)
     settings = build_settings(draft, space.to_json(), tokens=MOST_TOKENS)
     check_rule(space, settings.scheduler)
+    if settings.lr_rule != "none" and "batch.sequences" not in space:
+        raise UserError(
+            f"--lr-rule {settings.lr_rule} lets the learning rate follow batch.sequences, and this space does not "
+            "search it: leave --lr-rule out, or add an axis such as --set-space 'batch.sequences=[8,16]'."
+        )
     if settings.scheduler == "pbt":
         check_population(space, settings, config.workers)
     if then_train:

@@ -17,10 +17,10 @@ from orchestrator.cli import BAD_INPUT, DONE, main
 from orchestrator.sweeps.comparison import as_good, cost, difference_noise, noise, pareto_front, stopped, trade_off
 from orchestrator.sweeps.history import PENALTY
 from orchestrator.sweeps.report import closing_lines, facts, markdown, print_closing
-from orchestrator.sweeps.report_html import page
+from orchestrator.sweeps.report_html import page, write_page
 from orchestrator.sweeps.results import PointResult, SweepResults, TrialResult
 from orchestrator.sweeps.stored import read_sweep
-from orchestrator.sweeps.words import value_words
+from orchestrator.sweeps.words import stopped_words, value_words
 from orchestrator.tracking import Store, TrackedRun, open_store
 from tests.orchestrator.sweep_examples import example, point, sweep
 from trainers.errors import UserError
@@ -192,6 +192,24 @@ def test_missing_and_torn_values_become_notes(runs: Path) -> None:
     assert "There is no best setting" in markdown(broken) or "there is no best setting" in markdown(broken)
 
 
+def test_a_loss_beyond_any_axis_is_no_value(tmp_path: Path) -> None:
+    """Matplotlib cannot draw to 1e308, which the perplexity of a loss that diverges comes to."""
+    store = open_store(tmp_path)
+    parent = begin_sweep(store, "steep")
+    for number, value in enumerate((1e308, 2.0)):
+        run = begin_trial(store, parent, "steep", number, 0, {"optim.lr": 0.1 / (number + 1)})
+        send(run, value, 3, told=value)
+        run.finish("FINISHED", "completed")
+    found = read_sweep(tmp_path, "steep")
+    write_page(found, tmp_path / "page.html")
+    assert found.winner is not None and found.winner.params == {"optim.lr": 0.05}
+
+
+def test_one_trial_is_told_in_the_singular() -> None:
+    results = sweep([point(0, {}, state="user"), point(1, {}, state="completed")])
+    assert stopped_words(results) == ["1 trial was interrupted: the same command goes on: t0000."]
+
+
 # ---- the Pareto front -------------------------------------------------------------------------------------------
 
 ROWS = st.lists(st.tuples(*[st.integers(0, 4)] * 3), max_size=14)
@@ -330,9 +348,10 @@ def test_the_verb_prints_the_table_and_writes_the_page(runs: Path, capsys: pytes
         (["first-swep"], ["no sweep 'first-swep'", "Did you mean first-sweep?"]),
         (["zzz"], ["There are: ", "first-sweep", "going"]),
         (["lone"], ["a run in the MLflow store and no sweep"]),
-        (["../x"], ["a run name is"]),
+        (["../x"], ["'../x': a run name is"]),
         (["first-sweep", "--json", "--markdown"], ["choose one"]),
         (["first-sweep", "--output", "."], ["is a folder"]),
+        (["first-sweep", "--output", f"{__file__}/page.html"], ["cannot be written", "--output"]),
     ],
 )
 def test_bad_input_is_one_clear_message(

@@ -200,7 +200,7 @@ def test_a_linked_run_is_refused(runs: Path, capsys: pytest.CaptureFixture[str])
 def test_a_path_into_the_folder_is_a_name(runs: Path) -> None:
     assert name_in(runs, "runs/first-run/") == "first-run"
     assert name_in(runs, str(runs / "sweep" / "t1")) == "sweep/t1"
-    assert name_in(runs, "first-run") == "first-run"
+    assert name_in(runs, "first-run") == name_in(runs, "first-run/") == "first-run"
     assert name_in(runs, "elsewhere/first-run") == "elsewhere/first-run"
 
 

@@ -94,6 +94,8 @@ CASES: dict[str, tuple[list[str], str]] = {
     "the store's own name": ([*LR, "--name", "mlflow.db"], "MLflow store"),
     "a batch beyond the text": (["--set-space", "batch.sequences=[8,4096]"], "batch.sequences=4096 of the space"),
     "tokens beyond counting": ([*LR, f"budget.steps={2**63 - 1}"], "more than 64 bits count"),
+    "a rule for a batch that stays": ([*LR, "--lr-rule", "sqrt"], "leave --lr-rule out"),
+    "GPU-hours of a CPU": ([*LR, "--device", "cpu", "--max-gpu-hours", "1"], "--max-gpu-hours 1 would bound nothing"),
     "trials in words": ([*LR, "--trials", "many"], "it must be a valid integer, got 'many'"),
 }
 
