@@ -45,6 +45,8 @@ def report(
         raise UserError("--json and --markdown both print the report: choose one of them.")
     if output is not None and os.path.isdir(output):
         raise UserError(f"--output {output} is a folder: name a file in it, such as {output / 'report.html'}.")
+    if output is not None and os.path.exists(output) and not os.path.isfile(output):
+        raise UserError(f"--output {output} is no regular file, and would be replaced by one: name another.")
     results = read_sweep(runs_dir.absolute(), sweep)
     page = output or (None if json or markdown else runs_dir.absolute() / results.name / "report.html")
     if page is not None:

@@ -362,6 +362,13 @@ def test_bad_input_is_one_clear_message(
     assert captured.out == "" and all(word in captured.err.replace("\n", " ") for word in words), captured.err
 
 
+def test_a_pipe_is_not_replaced_by_a_page(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert main(["report", "first-sweep", "--output", str(pipe), "--runs-dir", str(runs)]) == BAD_INPUT
+    assert "no regular file" in capsys.readouterr().err.replace("\n", " ") and pipe.is_fifo()
+
+
 def test_a_folder_without_a_store_is_left_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="There are no sweeps"):
         read_sweep(tmp_path, "first")
