@@ -110,7 +110,7 @@ def find_batch(
     """
     data = data or prepare(config, cache_dir)
     check_model(config, data.tokenizer.vocab_size)
-    check_model_fits(config, data.tokenizer.vocab_size, limit)
+    bytes_within(config, data.tokenizer.vocab_size, limit)
     there = available_rows(config, data)
     bounded = most if there is None else min(most, there)
     share = config.sequences_per_step // config.workers
@@ -141,14 +141,15 @@ def model_bytes(config: RunConfig, vocab_size: int) -> int:
     return StateSizes.plain(parameters, config.resolved_phases()[0].optim).training_bytes
 
 
-def check_model_fits(config: RunConfig, vocab_size: int, limit: Limit) -> None:
-    """UserError where the model takes more than `limit` before the first row."""
+def bytes_within(config: RunConfig, vocab_size: int, limit: Limit) -> int:
+    """`model_bytes`; UserError where they are more than `limit`."""
     needs = model_bytes(config, vocab_size)
     if limit.bytes is not None and needs > limit.bytes:
         raise UserError(
             f"the model's weights, gradients and optimizer state alone take {size(needs)}, more than the limit of "
             f"{size(limit.bytes)} ({limit.source}). Raise --memory-limit, or make the model smaller."
         )
+    return needs
 
 
 def available_rows(config: RunConfig, data: PreparedData) -> int | None:

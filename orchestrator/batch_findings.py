@@ -13,7 +13,7 @@ import psutil
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.batch_finder import BatchFindings, available_rows, check_model_fits, find_batch, model_bytes
+from orchestrator.batch_finder import BatchFindings, available_rows, bytes_within, find_batch
 from orchestrator.console import count, out, pairs, print_json, size
 from orchestrator.display import Display
 from orchestrator.experiment import cache_dir
@@ -88,8 +88,7 @@ def dry_run(config: RunConfig, question: BatchQuestion, runs_dir: Path, *, json:
 
     question.check()
     machine, report = machine_for(config, question), survey_plan(config, runs_dir)
-    check_model_fits(config, report.survey.vocab_size, machine.limit)
-    needs = model_bytes(config, report.survey.vocab_size)
+    needs = bytes_within(config, report.survey.vocab_size, machine.limit)
     sizes = [1 << exponent for exponent in range(question.most.bit_length()) if 1 << exponent < question.most]
     sizes.append(question.most)
     limit = machine.limit.bytes

@@ -52,9 +52,8 @@ def build_trainer(
     alone = not os.environ.get("RAY_ADDRESS")
     unused = UNUSED | UNUSED_ALONE if alone else UNUSED
 
-    class LeanTrainer(
-        DataParallelTrainer
-    ):  # should Ray rename what is overridden, all that is lost is the time it takes
+    class LeanTrainer(DataParallelTrainer):
+        # Should Ray rename what is overridden here, all that is lost is the time it takes.
         def _create_default_callbacks(self) -> list[Any]:
             return [each for each in super()._create_default_callbacks() if type(each).__name__ not in unused]
 

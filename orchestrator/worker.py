@@ -61,8 +61,7 @@ def _answer_late(news: News) -> None:
     """Let Ray Train's question whether the training still runs wait for news, STILL_S at most.
 
     The main thread of a Ray worker that has no task looks for signals a hundred times a second, and takes the
-    interpreter from the training each time; while it works on an answer it sleeps. In a virtual machine that switches
-    slowly this is a tenth of a small model's step (benchmarks/orchestrated.py). Should Ray move what is held on to
+    interpreter from the training each time; while it works on an answer it sleeps. Should Ray move what is held on to
     here, all that is lost is that time.
     """
     try:
