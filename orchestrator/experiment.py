@@ -105,8 +105,7 @@ def settle(config: RunConfig, request: Request, data_hashes: tuple[str, ...]) ->
     if request.fresh:
         *taken, run_dir = _until_free(request.runs_dir, name)
         name = run_dir.name
-    if (run_dir / SWEEP).exists():
-        raise ConfigError(f"{name!r} is the name of a sweep. Give the run another --name.")
+    refuse_sweep(run_dir)
     _refuse_other_than_folders(run_dir)
     stored = stored_identity(run_dir, "move it away or choose another --name.")
     experiment = Experiment(name, run_dir, config, digest, fields, stored is not None, False, passed_over=tuple(taken))
@@ -145,6 +144,12 @@ def confined(runs_dir: Path, name: str) -> Path:
     if run_dir.is_symlink() or not run_dir.resolve().is_relative_to(runs_dir.resolve()):
         raise ConfigError(f"{run_dir} is a link: a run's folder must lie inside the runs folder. Remove the link.")
     return run_dir
+
+
+def refuse_sweep(run_dir: Path) -> None:
+    """ConfigError where the folder that a run is to have is a sweep's."""
+    if (run_dir / SWEEP).exists():
+        raise ConfigError(f"{run_dir.name!r} is the name of a sweep. Give the run another --name.")
 
 
 def write_identity(experiment: Experiment, **more: Any) -> None:

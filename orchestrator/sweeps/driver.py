@@ -28,17 +28,17 @@ from orchestrator.sweeps.parent import ParentRun, is_told, open_parent
 from orchestrator.sweeps.population import Population
 from orchestrator.sweeps.refused import enter_refused
 from orchestrator.sweeps.rules import build_rule
-from orchestrator.sweeps.searchers import build_searcher, left_of_grid
+from orchestrator.sweeps.searchers import build_searcher
 from orchestrator.sweeps.settings import SweepSettings, build_settings
 from orchestrator.sweeps.slots import Slots, slots_of, starts_ahead
 from orchestrator.sweeps.sweep import (
     Sweep,
     SweepRequest,
     check_batches,
+    notes_of,
     settle_name,
     sweep_fields,
     tokens_of_phases,
-    uneven,
     write_sweep,
 )
 from orchestrator.sweeps.table import SweepDisplay
@@ -183,9 +183,8 @@ class SweepDriver:
             self.signals.leave_if_asked()
             slots = slots_of(ray, sweep, self.request)
             self.sweep = sweep = self._within_memory(slots)
-            for note in (left_of_grid(sweep.settings, sweep.space), uneven(sweep.base, sweep.space)):
-                if note:
-                    display.note(note)
+            for note in notes_of(sweep.base, sweep.settings, sweep.space):
+                display.note(note)
             display.status("opening MLflow")
             parent = open_parent(sweep, opening, slots.count, display.note)
             population = Population(sweep.settings, sweep.space) if sweep.settings.scheduler == "pbt" else None

@@ -14,10 +14,9 @@ from orchestrator.experiment import cache_dir
 from orchestrator.memory_limit import limit_for
 from orchestrator.ray_cluster import usable_cpus
 from orchestrator.sweeps.memory import MARGIN, Allowed, Footprints, is_ample, take_out, unlooked
-from orchestrator.sweeps.searchers import left_of_grid
 from orchestrator.sweeps.settings import SweepSettings, build_settings
 from orchestrator.sweeps.slots import Slots, asked_cluster, slots_of
-from orchestrator.sweeps.sweep import Sweep, SweepRequest, check_batches, settle_name, sweep_fields, uneven
+from orchestrator.sweeps.sweep import Sweep, SweepRequest, check_batches, notes_of, settle_name, sweep_fields
 from orchestrator.sweeps.trials import in_tokens
 from search_spaces.precisions import Device
 from search_spaces.space import Space
@@ -69,11 +68,7 @@ def rehearse(
         "seconds_expected": bounds.seconds_expected,
         "seconds_at_most": bounds.seconds_at_most,
         "bounded_by": bounds.by,
-        "notes": [
-            note
-            for note in (left_of_grid(settings, space), uneven(counted, space), unlooked(request.memory_limit))
-            if note
-        ],
+        "notes": [*notes_of(counted, settings, space), *filter(None, [unlooked(request.memory_limit)])],
     }
     if request.json:
         print_json(facts)

@@ -46,11 +46,11 @@ def grid_cells(space: Space, points_per_axis: int) -> int:
     return max(1, sum(1 for _ in islice(space.grid(points_per_axis), MOST_CELLS + 1)))
 
 
-def left_of_grid(settings: SweepSettings, space: Space) -> str | None:
-    """A sentence for a person where a grid is larger than the sweep, whose trials then lie in a corner of it, or
-    smaller."""
+def trials_and_points(settings: SweepSettings, space: Space) -> str | None:
+    """A sentence for a person where a grid is larger than the sweep, whose trials then lie in a corner of it; or where
+    there are fewer points than trials."""
     if settings.searcher != "grid":
-        return None
+        return _too_few_points(settings, space)
     cells = grid_cells(space, settings.grid_points)
     if settings.trials > cells:
         return f"the grid has {cells:,} cells: of --trials {settings.trials}, no more are trained"
@@ -63,6 +63,16 @@ def left_of_grid(settings: SweepSettings, space: Space) -> str | None:
         f"the grid has {there}, and --trials {settings.trials} takes the first {settings.trials} in order, "
         f"{list(space)[-1]} fastest: {all_of_them} --searcher random for an even choice"
     )
+
+
+def _too_few_points(settings: SweepSettings, space: Space) -> str | None:
+    """The sentence for a searcher that trains no point twice."""
+    if _never_ends(space):
+        return None
+    points = sum(1 for _ in islice(_points(space), settings.trials))
+    if points == settings.trials:
+        return None
+    return f"the space has {points:,} points: of --trials {settings.trials}, no more are trained"
 
 
 class GridSearcher:
@@ -139,7 +149,7 @@ def unasked(space: Space, asked: Asked, rng: Random) -> Params | None:
     """
     draws = (space.sample(rng) for _ in range(REDRAWS))
     found, last = first_unasked(draws, asked)
-    if found is not None or any(isinstance(domain, Float) for domain in space.values()):
+    if found is not None or _never_ends(space):
         return found if found is not None else last
     left = [point for point in _points(space) if point not in asked]
     return rng.choice(left) if left else None
@@ -152,6 +162,11 @@ def first_unasked(draws: Iterable[Params], asked: Asked) -> tuple[Params | None,
         if point not in asked:
             return point, point
     return None, point
+
+
+def _never_ends(space: Space) -> bool:
+    """Whether it has a continuous axis."""
+    return any(isinstance(domain, Float) for domain in space.values())
 
 
 def _points(space: Space) -> Iterator[Params]:

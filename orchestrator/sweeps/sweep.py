@@ -15,6 +15,7 @@ from orchestrator.plan import packed_tokens, plan_phase, steps_per_epoch
 from orchestrator.sweeps.foreseen import TrialFootprints
 from orchestrator.sweeps.journal import JOURNAL
 from orchestrator.sweeps.memory_cells import with_largest_batch
+from orchestrator.sweeps.searchers import trials_and_points
 from orchestrator.sweeps.settings import SweepSettings
 from search_spaces.precisions import Device
 from search_spaces.space import Space
@@ -109,6 +110,11 @@ def check_batches(base: RunConfig, space: Space, texts: Sequence[Sequence[int | 
             plan_phase(largest, spec, steps_per_epoch(largest, list(tokens)))
         except DataError as error:
             raise ConfigError(f"batch.sequences={largest.sequences_per_step} of the space: {error}") from None
+
+
+def notes_of(base: RunConfig, settings: SweepSettings, space: Space) -> list[str]:
+    """What a person should know of the trials before they begin. `base`: budgets in tokens."""
+    return [note for note in (trials_and_points(settings, space), uneven(base, space)) if note]
 
 
 def uneven(base: RunConfig, space: Space) -> str | None:

@@ -195,14 +195,14 @@ def presets(json: options.Json = False) -> int:
 
 def _plan(target: options.TargetOptions, json: bool, name: str | None, question: MemoryQuestion | None = None) -> int:
     from orchestrator.console import out, print_json
-    from orchestrator.experiment import confined
+    from orchestrator.experiment import confined, refuse_sweep
     from orchestrator.memory_plan import MemoryQuestion
     from orchestrator.survey_plan import plan_json, plan_tables, survey_plan
 
     meant = target.resolve()
     runs_dir = target.runs_dir.absolute()
     if name is not None:
-        confined(runs_dir, name)
+        refuse_sweep(confined(runs_dir, name))
     report = survey_plan(meant.config, runs_dir, question or MemoryQuestion())
     if json:
         print_json(plan_json(report))

@@ -14,7 +14,7 @@ import optuna
 import pytest
 
 from orchestrator.sweeps.history import PENALTY, Ending, Event, History, Params, Seen
-from orchestrator.sweeps.searchers import RandomSearcher, Searcher, build_searcher, left_of_grid, told
+from orchestrator.sweeps.searchers import RandomSearcher, Searcher, build_searcher, told, trials_and_points
 from orchestrator.sweeps.settings import Objective, SweepSettings
 from orchestrator.sweeps.tpe import TPESearcher
 from search_spaces.space import Axis, Choice, Float, Int, Space, When
@@ -154,16 +154,26 @@ def test_a_sweep_smaller_than_its_grid_is_told_so() -> None:
     """Its trials lie in one corner: the last axis alone has changed."""
     cells = len(list(SPACE.grid(3)))
     asked = settings(SPACE, searcher="grid", trials=3)
-    said = left_of_grid(asked, SPACE)
+    said = trials_and_points(asked, SPACE)
     assert said is not None and f"the grid has {cells} cells" in said and "--trials 3 takes the first 3" in said
     corner = asks(go_on(build_searcher(asked, SPACE), History(), 3))
     assert {len({str(point[path]) for point in corner}) for path in list(SPACE)[:-1]} == {1}
     assert f"{list(SPACE)[-1]} fastest" in said and f"--trials {cells} for the whole" in said
     # Negative controls: the whole grid, and searchers that choose from all of the space.
-    assert left_of_grid(settings(SPACE, searcher="grid", trials=cells), SPACE) is None
-    assert left_of_grid(settings(SPACE, searcher="random", trials=3), SPACE) is None
-    larger = left_of_grid(settings(SPACE, searcher="grid", trials=cells + 1), SPACE)
+    assert trials_and_points(settings(SPACE, searcher="grid", trials=cells), SPACE) is None
+    assert trials_and_points(settings(SPACE, searcher="random", trials=3), SPACE) is None
+    larger = trials_and_points(settings(SPACE, searcher="grid", trials=cells + 1), SPACE)
     assert larger == f"the grid has {cells} cells: of --trials {cells + 1}, no more are trained"
+
+
+@pytest.mark.parametrize("name", ["random", "tpe"])
+def test_more_trials_than_points_are_told_before_they_begin(name: str) -> None:
+    points = len(list(FINITE.grid(5)))
+    said = trials_and_points(settings(FINITE, searcher=name, trials=points + 1), FINITE)
+    assert said == f"the space has {points} points: of --trials {points + 1}, no more are trained"
+    # Negative controls: as many as there are, and a space with a continuous axis.
+    assert trials_and_points(settings(FINITE, searcher=name, trials=points), FINITE) is None
+    assert trials_and_points(settings(SPACE, searcher=name, trials=1000), SPACE) is None
 
 
 @pytest.mark.parametrize("name", ["random", "tpe", "multi"])

@@ -236,7 +236,8 @@ def test_a_damaged_sweep_is_not_begun_anew(
 
 def test_a_sweeps_name_is_refused_to_a_run(first: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = ["train", "fundamentallm/tiny", "--data", "text.txt", "--runs-dir", "runs", "--name", "first"]
-    assert "name of a sweep" in refused(train, capsys)
+    for more in ([], ["--dry-run"]):
+        assert "name of a sweep" in refused([*train, *more], capsys)
 
 
 def test_a_sweep_among_the_runs_is_no_damaged_run(first: Path, capsys: pytest.CaptureFixture[str]) -> None:
