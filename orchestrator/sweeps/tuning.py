@@ -77,7 +77,7 @@ def run_trials(
         _take_started_processes()
     deaths: dict[int, Died] = {}
     tuner = tune.Tuner(
-        tune.with_resources(_actor(Together(storage / "started", slots)), tune.PlacementGroupFactory([resources])),
+        _actor(Together(storage / "started", slots), resources),
         tune_config=tune.TuneConfig(
             search_alg=_asks(desk, deaths),
             scheduler=_decides(desk, deaths),
@@ -155,11 +155,15 @@ class Together:
             time.sleep(0.02)
 
 
-def _actor(together: Together) -> Any:
+def _actor(together: Together, resources: dict[str, float]) -> Any:
     from ray import tune
 
     class TrialActor(tune.Trainable):
         """The process of a slot; torch is imported once, however many points it trains."""
+
+        @classmethod
+        def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
+            return tune.PlacementGroupFactory([resources])
 
         def setup(self, config: dict[str, Any]) -> None:
             together.wait()

@@ -93,7 +93,7 @@ class Sweeping(Command):
 
     def trainers(self) -> list[psutil.Process]:
         """The processes of trials, at work or kept for the next."""
-        return [each for each in self.look_around() if any(w in title(each) for w in ("TrialActor", "TrainWorker"))]
+        return trainers_among(self.look_around())
 
     def wait_for_trial(self, name: str, step: int) -> None:
         """Until a trial's record has come so far."""
@@ -110,6 +110,11 @@ class Sweeping(Command):
         assert victim is not None, f"nobody trains {name}"
         victim.kill()
         return newest_step(self.run_dir / name)
+
+
+def trainers_among(processes: set[psutil.Process]) -> list[psutil.Process]:
+    """The processes of trials and of their workers."""
+    return [each for each in processes if any(word in title(each) for word in ("TrialActor", "TrainWorker"))]
 
 
 # ---- what a sweep leaves behind ---------------------------------------------------------------------------------

@@ -7,7 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -17,8 +23,8 @@ from orchestrator.sweeps.journal import JOURNAL, read_history
 from orchestrator.sweeps.searchers import RandomSearcher
 from search_spaces.grammar import parse_assignment
 from search_spaces.space import Space
-from tests.cluster.head import Head
-from tests.orchestrator.faults import PROJECT, alive, newest_step, read, seconds_until_gone
+from tests.cluster.head import BIN, Head
+from tests.orchestrator.faults import PROJECT, alive, read, seconds_until_gone
 from tests.orchestrator.store_server import Server
 from tests.orchestrator.sweep_episodes import (
     RANDOM,
@@ -38,6 +44,7 @@ from tests.orchestrator.sweep_episodes import (
     kill_sweep_trial,
     left_by,
     nobody_runs,
+    trainers_among,
     undisturbed_sweep,
 )
 
@@ -165,21 +172,40 @@ def test_a_store_that_is_away_between_two_trials_is_waited_for(server: Server, t
 
 # ---- what a stopped trial gives back ---------------------------------------------------------------------------------
 
-BAD_AND_GOOD = ["--set-space", "optim.lr=[1e-2,1e-9]", "--searcher", "grid", "--scheduler", "asha"]
-BAD_AND_GOOD += ["--reduction", "2", "--evaluations", "20"]
+EVALUATIONS, LONG = 20, 12000
+GOOD_AND_BAD = ["--set-space", "optim.lr=[1e-2,1e-9]", "--searcher", "grid", "--scheduler", "asha"]
+GOOD_AND_BAD += ["--reduction", "2", "--evaluations", str(EVALUATIONS)]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where a sweep trains, as its processes and another driver see it."""
+
+    address: str
+    environment: dict[str, str]
+    cpus: int
+    root: psutil.Process | None = None
+    """above all of its processes, where it was there before the sweep; None: it is the sweep's own"""
+
+    def training(self, command: Sweeping) -> list[psutil.Process]:
+        """The processes of trials and of their workers."""
+        if self.root is None:
+            return command.trainers()
+        return trainers_among(alive(set(self.root.children(recursive=True))))
 
 
 @pytest.mark.slow
-def test_a_stopped_trial_gives_its_cpu_back_without_a_dashboard(sweeps: SweepPlace) -> None:
+def test_a_stopped_trial_gives_everything_back_without_a_dashboard(sweeps: SweepPlace) -> None:
     """On the cluster that the command starts for itself, which has no dashboard."""
-    command = sweeps.start_sweep("stopped-early", *BAD_AND_GOOD, "budget.steps=16000")
-    command.wait_until(lambda: newest_step(command.run_dir / "t0001") > 0, "training")
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(Path.home() / ".orchestrate" / "ray_token")}
-    plain = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
     cpus = len(os.sched_getaffinity(0))
     if cpus < 2:
         pytest.skip("two trials at a time need two CPUs")
-    see_what_it_gives_back(sweeps, command, cluster_address(command), plain | token, cpus)
+    command = sweeps.start_sweep("stopped-early", *GOOD_AND_BAD, f"budget.steps={LONG}")
+    wait_for_both(command)
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(Path.home() / ".orchestrate" / "ray_token")}
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
+    see_what_it_gives_back(sweeps, command, LONG, Cluster(cluster_address(command), plain | token, cpus))
+    seconds_until_gone(command.family)
 
 
 @pytest.mark.slow
@@ -192,28 +218,45 @@ def test_a_stopped_trial_gives_everything_back_on_a_cluster(
     try:
         head.wait_until_up()
         environment = head.environment(RAY_ADDRESS=head.gcs_address)
-        name = f"stopped-{workers}-{dashboard}"
-        arguments = [*BAD_AND_GOOD, "--workers", str(workers), f"budget.steps={16000 // workers}"]
+        name, steps = f"stopped-{workers}-{dashboard}", LONG // workers
+        arguments = [*GOOD_AND_BAD, "--workers", str(workers), f"budget.steps={steps}"]
         given = {key: environment[key] for key in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
         command = sweeps.start_sweep(name, *arguments, **given)
-        command.wait_until(lambda: newest_step(command.run_dir / "t0001") > 0, "training")
-        see_what_it_gives_back(sweeps, command, head.gcs_address, environment, 2 * workers, head.process.pid)
+        wait_for_both(command)
+        cluster = Cluster(head.gcs_address, environment, 2 * workers, psutil.Process(head.process.pid))
+        with watched(sweeps, command, cluster) as watcher:
+            see_what_it_gives_back(sweeps, command, steps, cluster)
+            deadline = time.time() + FREE_S
+            while watcher.looks()[-1]["cpus"] < cluster.cpus and time.time() < deadline:
+                time.sleep(0.2)
+            assert watcher.looks()[-1]["cpus"] == cluster.cpus and watcher.looks()[-1]["groups"] == 0
+            assert not cluster.training(command)
     finally:
         head.close()
 
 
-def see_what_it_gives_back(
-    sweeps: SweepPlace,
-    command: Sweeping,
-    address: str,
-    environment: dict[str, str],
-    cpus: int,
-    below: int | None = None,
-) -> None:
-    """Ten seconds after the bad trial was stopped half of the cluster is free, and only the good one has processes and
-    placement groups; once the sweep is over nothing is left."""
-    watcher = Watcher(address, sweeps.runs.parent / f"{command.run_dir.name}-watch.log", environment)
+def wait_for_both(command: Sweeping) -> None:
+    for trial in ("t0000", "t0001"):
+        command.wait_for_trial(trial, 1)
+
+
+@contextmanager
+def watched(sweeps: SweepPlace, command: Sweeping, cluster: Cluster) -> Iterator[Watcher]:
+    log = sweeps.runs.parent / f"{command.run_dir.name}-{uuid.uuid4().hex}-watch.log"
+    watcher = Watcher(cluster.address, log, cluster.environment)
     try:
+        yield watcher
+    finally:
+        watcher.close()
+
+
+def see_what_it_gives_back(sweeps: SweepPlace, command: Sweeping, steps: int, cluster: Cluster) -> None:
+    """Ten seconds after the bad trial was stopped half of the cluster is free, and the good one alone has processes,
+    memory and placement groups."""
+    held = cluster.training(command)
+    bytes_held = resident_bytes(held)
+    let_the_good_one_go_first(command, held, steps // EVALUATIONS + 1)
+    with watched(sweeps, command, cluster) as watcher:
         command.wait_until(lambda: len(watcher.looks()) > 0, "the watcher")
         command.wait_for_ends(1)
         ended = time.time()
@@ -222,31 +265,39 @@ def see_what_it_gives_back(
         assert stopped.params["optim.lr"] == 1e-9
         command.wait_until(lambda: time.time() > ended + FREE_S, "ten seconds")
         look = watcher.looks()[-1]
-        assert look["cpus"] >= cpus / 2, f"not free after {FREE_S:g} s: {watcher.looks()}"
-        assert look["groups"] <= max(1, max(each["groups"] for each in watcher.looks()) - 1)
-        at_work = training_processes(command, below)
-        assert len(at_work) <= cpus // 2, at_work
+        assert look["cpus"] >= cluster.cpus / 2, f"not free after {FREE_S:g} s: {look}\n{stacks(alive(set(held)))}"
+        assert look["groups"] == max(each["groups"] for each in watcher.looks()) / 2 > 0
+        at_work = cluster.training(command)
+        assert len(at_work) == len(held) / 2, (held, at_work)
+        assert resident_bytes(at_work) < 0.6 * bytes_held
         assert not any(has_folder(each, command.run_dir / stopped.name) for each in at_work)
+        assert any(has_folder(each, command.run_dir / "t0000") for each in at_work)
         command.expect(0)
-        assert_sweep_told(sweeps.runs, command.run_dir.name)
-        if below is not None:  # the cluster stays
-            deadline = time.time() + FREE_S
-            while watcher.looks()[-1]["cpus"] < cpus and time.time() < deadline:
-                time.sleep(0.2)
-            assert watcher.looks()[-1]["cpus"] == cpus and watcher.looks()[-1]["groups"] == 0
-            assert not training_processes(command, below)
+    assert_sweep_told(sweeps.runs, command.run_dir.name)
+
+
+def let_the_good_one_go_first(command: Sweeping, training: list[psutil.Process], step: int) -> None:
+    """Halt the bad one until the good one is at `step`: the first at a rung has nobody to be worse than."""
+    bad = [each for each in training if has_folder(each, command.run_dir / "t0001")]
+    assert bad
+    for each in bad:
+        each.suspend()
+    try:
+        command.wait_for_trial("t0000", step)
     finally:
-        watcher.close()
-    if below is None:
-        seconds_until_gone(command.family)
+        for each in bad:
+            each.resume()
 
 
-def training_processes(command: Sweeping, below: int | None) -> list[psutil.Process]:
-    """Of trials and their workers, on a cluster of the command's own or below the process of another."""
-    if below is None:
-        return command.trainers()
-    every = alive(set(psutil.Process(below).children(recursive=True)))
-    return [each for each in every if any(w in " ".join(each.cmdline()) for w in ("TrialActor", "TrainWorker"))]
+def stacks(processes: set[psutil.Process]) -> str:
+    """Where each of them stands, as py-spy sees it."""
+    spy = shutil.which("py-spy", path=BIN)
+    dumps = [[spy, "dump", "--pid", str(each.pid)] for each in processes if spy]
+    return "\n".join(subprocess.run(dump, capture_output=True, text=True, check=False).stdout for dump in dumps)
+
+
+def resident_bytes(processes: list[psutil.Process]) -> int:
+    return sum(each.memory_info().rss for each in processes)
 
 
 def has_folder(process: psutil.Process, folder: Path) -> bool:
