@@ -54,7 +54,7 @@ class Bench:
     def evaluate(self, name: str, data: Path, *arguments: str) -> float:
         """Perplexity of a trained run on a text."""
         found = json.loads(self._orchestrate("evaluate", name, str(data), "--json", *arguments))
-        return float(found["perplexity"])
+        return float(found["metrics"]["val/perplexity"])
 
     def bands(self, data: Path, precisions: Sequence[str], seeds: Sequence[int]) -> None:
         for seed in seeds:
