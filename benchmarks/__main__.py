@@ -23,6 +23,7 @@ SUITES = {  # in the order they run; minutes on two idle cores
     "sweep_search": 9,
 }
 ELSEWHERE = {
+    "precision_bands": "`python -m benchmarks.precision_bands --data TEXT --unseen TEXT`, 15 min",
     "gpu_suite": "one CUDA device, 8 min",
     "gpu_overhead": "one CUDA device",
     "chaos": "`make chaos`: kills and corrupts",
