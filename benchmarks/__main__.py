@@ -17,7 +17,7 @@ SUITES = {  # in the order they run; minutes on two idle cores
     "orchestrated": 12,
     "packing_memory": 30,
     "memory_prediction": 20,
-    "trade_offs": 10,
+    "trade_offs": 13,
     "sweep_efficiency": 14,
     "sweep_scale": 6,
     "sweep_search": 9,
