@@ -15,18 +15,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
+from benchmarks.cells import MALLOC, VOCABULARY, said_by, sized, status, text_of_characters
 from benchmarks.measure import Figure, report
 from benchmarks.workload import scratch
 from trainers.config import RunConfig
-from trainers.config_io import override
 from trainers.data.types import Batch
-from trainers.presets import PRESETS
 
 BAND = 0.08
 LEAST_GIB = 1.0
@@ -34,33 +31,6 @@ FEWEST = 12  # judged cells of at least that
 PLANNED = ("codelm/xlarge", "genesis/deep_narrow_48")
 PLAN_S, PLAN_GIB, PLANS = 5.0, 2.0, 3
 """a plan's wall clock and memory, the median of so many"""
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""glibc gives back what is freed, so that a peak does not depend on what was there before"""
-VOCABULARY = 60  # characters of the text; the models' tables are larger
-
-SIZES = {
-    "gpt-25M": (
-        *("model.d_model=512", "model.n_layers=8", "model.n_heads=8", "model.context_length=256"),
-        *("model.vocab_size=2048", "model.norm=layernorm", "model.dropout=0.1"),
-    ),
-    "gpt-38M": (
-        *("model.d_model=512", "model.n_layers=12", "model.n_heads=8", "model.context_length=512"),
-        *("model.vocab_size=4096", "model.dropout=0"),
-    ),
-    "gpt-57M": (
-        *("model.d_model=768", "model.n_layers=8", "model.n_heads=12", "model.context_length=256"),
-        *("model.vocab_size=1024", "model.dropout=0"),
-    ),
-    "llama-30M": (
-        *("model.d_model=384", "model.n_layers=16", "model.n_heads=6", "model.context_length=512"),
-        *("model.vocab_size=8192", "model.dropout=0", "model.positions=rope_interleaved", "model.activation=swiglu"),
-        *("model.bias=false", "model.final_norm=rmsnorm"),
-    ),
-    "deepnorm-22M": (
-        *("model.d_model=384", "model.n_layers=12", "model.n_heads=6", "model.context_length=256"),
-        *("model.vocab_size=1024", "model.dropout=0", "model.norm=deepnorm", "model.norm_position=post"),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -83,16 +53,12 @@ class Cell:
 
     def config(self, text: Path) -> RunConfig:
         recompute = str(self.recompute).lower()
-        return override(
-            PRESETS["fundamentallm/small"](),
-            [
-                *SIZES[self.size],
-                *(f"precision.compute={self.precision}", f"model.activation_checkpointing={recompute}"),
-                *(f"batch.sequences={self.rows * self.accumulation}", f"batch.micro_sequences={self.rows}"),
-                *("budget.steps=2", "evaluation.every_epochs=null", "evaluation.max_tokens=1024", "samples.count=0"),
-                *("checkpoint.every_minutes=null", "checkpoint.save_best=false", "device=cpu"),
-                f'data.sources=[{{"corpus": "{text}"}}]',
-            ],
+        return sized(
+            self.size,
+            text,
+            *(f"precision.compute={self.precision}", f"model.activation_checkpointing={recompute}"),
+            *(f"batch.sequences={self.rows * self.accumulation}", f"batch.micro_sequences={self.rows}"),
+            "budget.steps=2",
         )
 
 
@@ -168,18 +134,10 @@ def one_row(batch: Batch) -> Batch:
     return replace(batch, tokens=batch.tokens[:1], targets=batch.targets[:1], n_targets=batch.tokens.shape[1])
 
 
-def status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
 def measured(cell: Cell, text: Path, cache: Path) -> tuple[int, int]:
     """`train_cell` in a fresh process with MALLOC set."""
-    command = [sys.executable, "-m", "benchmarks.memory_prediction", "--cell", json.dumps(asdict(cell))]
-    command += ["--text", str(text), "--cache", str(cache)]
-    done = subprocess.run(command, env=os.environ | MALLOC, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{cell.name}: exit code {done.returncode}: {done.stderr[-2000:]}"
-    before, above = json.loads(done.stdout.splitlines()[-1])
+    cell_given = ["--cell", json.dumps(asdict(cell)), "--text", str(text), "--cache", str(cache)]
+    before, above = said_by("benchmarks.memory_prediction", *cell_given)
     return before, above
 
 
@@ -228,15 +186,6 @@ def predicted(config: RunConfig) -> tuple[int, str]:
     return components.tensors, components.moment
 
 
-@contextmanager
-def text_of_characters(folder: Path) -> Iterator[Path]:
-    """A text of VOCABULARY different characters, long enough for every cell."""
-    path = folder / "text.txt"
-    alphabet = "".join(chr(0x41 + index) for index in range(VOCABULARY))
-    path.write_text("".join(alphabet[(index * 7 + index // 11) % VOCABULARY] for index in range(400_000)))
-    yield path
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one cell of either kind, not kept")
@@ -251,7 +200,8 @@ def main(arguments: list[str] | None = None) -> None:
     count = 1 if options.quick else None
     lines = options.resume.read_text().splitlines() if options.resume and options.resume.exists() else []
     before_now = {seen.cell: seen for seen in (Seen(**json.loads(line)) for line in lines)}
-    with scratch() as folder, text_of_characters(folder) as text:
+    with scratch() as folder:
+        text = text_of_characters(folder)
 
         def see(cell: Cell) -> Seen:
             if (seen := before_now.get(cell.name)) is not None:

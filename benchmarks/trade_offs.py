@@ -10,20 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
 
+from benchmarks.cells import said_by, sized, status, text_of_characters
 from benchmarks.measure import Figure, noise_of, ratio, report, rounds
-from benchmarks.memory_prediction import MALLOC, SIZES, status, text_of_characters
 from benchmarks.workload import scratch
 from trainers.config import RunConfig
-from trainers.config_io import override
-from trainers.presets import PRESETS
 
 SIZE, ROWS, STEPS, WARM_UP, ROUNDS = "gpt-25M", 8, 6, 2, 4
 PLAIN, CONTROL = "plain", "plain, again"
@@ -53,17 +49,7 @@ class Trained:
 
 
 def config_of(side: str, text: Path) -> RunConfig:
-    return override(
-        PRESETS["fundamentallm/small"](),
-        [
-            *SIZES[SIZE],
-            *("model.dropout=0", f"batch.sequences={ROWS}", f"budget.steps={STEPS}"),
-            *("evaluation.every_epochs=null", "evaluation.max_tokens=1024", "samples.count=0", "device=cpu"),
-            *("checkpoint.every_minutes=null", "checkpoint.save_best=false"),
-            f'data.sources=[{{"corpus": "{text}"}}]',
-            *SIDES[side],
-        ],
-    )
+    return sized(SIZE, text, "model.dropout=0", f"batch.sequences={ROWS}", f"budget.steps={STEPS}", *SIDES[side])
 
 
 def train(config: RunConfig, cache: Path, steps: int) -> Trained:
@@ -92,11 +78,8 @@ def train(config: RunConfig, cache: Path, steps: int) -> Trained:
 
 
 def in_a_process(side: str, text: Path, cache: Path, steps: int) -> Trained:
-    command = [sys.executable, "-m", "benchmarks.trade_offs", "--side", side, "--steps", str(steps)]
-    command += ["--text", str(text), "--cache", str(cache)]
-    done = subprocess.run(command, env=os.environ | MALLOC, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{side}: exit code {done.returncode}: {done.stderr[-2000:]}"
-    trained = Trained(**json.loads(done.stdout.splitlines()[-1]))
+    given = ["--side", side, "--steps", str(steps), "--text", str(text), "--cache", str(cache)]
+    trained = Trained(**said_by("benchmarks.trade_offs", *given))
     print(f"  {side:36} {trained.peak_bytes / 2**30:.3f} GiB, {trained.step_s:.3f} s a step", flush=True)
     return trained
 
@@ -144,7 +127,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(asdict(trained)))
         return
     count, steps = (1, 2) if options.quick else (ROUNDS, STEPS)
-    with scratch() as folder, text_of_characters(folder) as text:
+    with scratch() as folder:
+        text = text_of_characters(folder)
         sides = {side: partial(in_a_process, side, text, folder / "cache", steps) for side in SIDES}
         seen = rounds(sides, count, what="trade_offs")
     report("trade_offs", figures_of(seen), quick=options.quick, size=SIZE, rows=ROWS, steps=steps, seen=seen)

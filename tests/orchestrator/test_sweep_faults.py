@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -204,7 +203,9 @@ def test_a_stopped_trial_gives_everything_back_without_a_dashboard(sweeps: Sweep
     wait_for_both(command)
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(Path.home() / ".orchestrate" / "ray_token")}
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
-    see_what_it_gives_back(sweeps, command, LONG, Cluster(cluster_address(command), plain | token, cpus))
+    cluster = Cluster(cluster_address(command), plain | token, cpus)
+    with watched(sweeps, command, cluster) as watcher:
+        see_what_it_gives_back(sweeps, command, LONG, cluster, watcher)
     seconds_until_gone(command.family)
 
 
@@ -225,7 +226,7 @@ def test_a_stopped_trial_gives_everything_back_on_a_cluster(
         wait_for_both(command)
         cluster = Cluster(head.gcs_address, environment, 2 * workers, psutil.Process(head.process.pid))
         with watched(sweeps, command, cluster) as watcher:
-            see_what_it_gives_back(sweeps, command, steps, cluster)
+            see_what_it_gives_back(sweeps, command, steps, cluster, watcher)
             deadline = time.time() + FREE_S
             while watcher.looks()[-1]["cpus"] < cluster.cpus and time.time() < deadline:
                 time.sleep(0.2)
@@ -242,7 +243,7 @@ def wait_for_both(command: Sweeping) -> None:
 
 @contextmanager
 def watched(sweeps: SweepPlace, command: Sweeping, cluster: Cluster) -> Iterator[Watcher]:
-    log = sweeps.runs.parent / f"{command.run_dir.name}-{uuid.uuid4().hex}-watch.log"
+    log = sweeps.runs.parent / f"{command.run_dir.name}-watch.log"
     watcher = Watcher(cluster.address, log, cluster.environment)
     try:
         yield watcher
@@ -250,29 +251,30 @@ def watched(sweeps: SweepPlace, command: Sweeping, cluster: Cluster) -> Iterator
         watcher.close()
 
 
-def see_what_it_gives_back(sweeps: SweepPlace, command: Sweeping, steps: int, cluster: Cluster) -> None:
+def see_what_it_gives_back(
+    sweeps: SweepPlace, command: Sweeping, steps: int, cluster: Cluster, watcher: Watcher
+) -> None:
     """Ten seconds after the bad trial was stopped half of the cluster is free, and the good one alone has processes,
     memory and placement groups."""
     held = cluster.training(command)
     bytes_held = resident_bytes(held)
     let_the_good_one_go_first(command, held, steps // EVALUATIONS + 1)
-    with watched(sweeps, command, cluster) as watcher:
-        command.wait_until(lambda: len(watcher.looks()) > 0, "the watcher")
-        command.wait_for_ends(1)
-        ended = time.time()
-        [stopped] = list(command.history.ended())
-        assert stopped.ending is not None and stopped.ending.reason == "asha"
-        assert stopped.params["optim.lr"] == 1e-9
-        command.wait_until(lambda: time.time() > ended + FREE_S, "ten seconds")
-        look = watcher.looks()[-1]
-        assert look["cpus"] >= cluster.cpus / 2, f"not free after {FREE_S:g} s: {look}\n{stacks(alive(set(held)))}"
-        assert look["groups"] == max(each["groups"] for each in watcher.looks()) / 2 > 0
-        at_work = cluster.training(command)
-        assert len(at_work) == len(held) / 2, (held, at_work)
-        assert resident_bytes(at_work) < 0.6 * bytes_held
-        assert not any(has_folder(each, command.run_dir / stopped.name) for each in at_work)
-        assert any(has_folder(each, command.run_dir / "t0000") for each in at_work)
-        command.expect(0)
+    command.wait_until(lambda: len(watcher.looks()) > 0, "the watcher")
+    command.wait_for_ends(1)
+    ended = time.time()
+    [stopped] = list(command.history.ended())
+    assert stopped.ending is not None and stopped.ending.reason == "asha"
+    assert stopped.params["optim.lr"] == 1e-9
+    command.wait_until(lambda: time.time() > ended + FREE_S, "ten seconds")
+    look = watcher.looks()[-1]
+    assert look["cpus"] >= cluster.cpus / 2, f"not free after {FREE_S:g} s: {look}\n{stacks(alive(set(held)))}"
+    assert look["groups"] == max(each["groups"] for each in watcher.looks()) / 2 > 0
+    at_work = cluster.training(command)
+    assert len(at_work) == len(held) / 2, (held, at_work)
+    assert resident_bytes(at_work) < 0.6 * bytes_held
+    assert not any(has_folder(each, command.run_dir / stopped.name) for each in at_work)
+    assert any(has_folder(each, command.run_dir / "t0000") for each in at_work)
+    command.expect(0)
     assert_sweep_told(sweeps.runs, command.run_dir.name)
 
 
