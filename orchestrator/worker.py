@@ -115,6 +115,8 @@ def _attempt(job: dict[str, Any], context: Any) -> None:
         _end_in_failure(context, f"nonfinite: {error}")
     except (UserError, TrainingFailed) as error:
         _end_in_failure(context, f"{'bad_input' if isinstance(error, UserError) else 'training_failed'}: {error}")
+        if isinstance(error, TrainingFailed) and context.world_size > 1:
+            raise  # a save may have failed on this rank alone, and the others wait for it: Ray ends them
     except Exception as error:
         if is_out_of_memory(error):  # it would come back at the same place: the driver decides what is smaller
             _end_in_failure(context, f"{OUT_OF_MEMORY}: {_first_line(error)[:200]}")

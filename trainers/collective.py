@@ -21,6 +21,10 @@ class Collective(Protocol):
         """Rank 0's JSON-like value on every rank."""
         ...
 
+    def from_any(self, value: Any) -> Any:
+        """The value of the lowest rank that has one, on every rank; None where nobody has."""
+        ...
+
 
 class Alone:
     """One process: nothing to ask."""
@@ -32,6 +36,9 @@ class Alone:
         return list(values)
 
     def from_first(self, value: Any) -> Any:
+        return value
+
+    def from_any(self, value: Any) -> Any:
         return value
 
 
@@ -48,8 +55,15 @@ class Group:
         return numbers.tolist()
 
     def from_first(self, value: Any) -> Any:
+        return self._from(0, value)
+
+    def from_any(self, value: Any) -> Any:
+        has_one = self.sum([rank == self.rank and value is not None for rank in range(self.world_size)])
+        return self._from(has_one.index(1.0), value) if any(has_one) else None
+
+    def _from(self, rank: int, value: Any) -> Any:
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(box, src=rank, device=torch.device("cpu"))
         return box[0]
 
 

@@ -204,8 +204,8 @@ class Run:
         minutes = self.config.checkpoint.every_minutes
         due = self.rank == 0 and minutes is not None and time.monotonic() - self._last_save > minutes * 60
         total, stops, saves = self.peers.sum((targets, reason is not None, due))
-        if stops:
-            reason = self.peers.from_first(reason) or reason or "stopped by another worker"
+        if stops:  # a request may have come between two ranks' looks; they act on the reason, so it must be one
+            reason = self.peers.from_any(reason)
         return int(total), reason, bool(saves)
 
     def watch(self, phase: ActivePhase, update: Update, batches: Sequence[Batch], *, logging: bool) -> str | None:

@@ -143,6 +143,17 @@ def test_a_crash_that_comes_back_ends_the_run(place: Place) -> None:
     assert told.status == "FAILED"
 
 
+@pytest.mark.slow
+def test_a_save_that_fails_on_one_rank_ends_the_others(place: Place) -> None:
+    """Rank 0 alone cannot commit, and is told not to go on without; the other would wait for it for ever."""
+    run_dir = place.runs / "unsaved"
+    (run_dir / "checkpoints" / "latest" / "a folder").mkdir(parents=True)  # where a pointer will be moved to
+    command = place.run("unsaved", "--workers", "2", "checkpoint.on_disk_full=stop").expect(3)
+    assert "was not saved" in command.output and "Traceback" not in command.output
+    assert claim_of(run_dir).attempt == 2  # Ray ended both; the second attempt finds that the run has ended
+    assert read(run_dir, "outcome.json")["state"] == "failed"
+
+
 def test_a_crash_elsewhere_is_an_accident(tmp_path: Path) -> None:
     with Claim.acquire(tmp_path / "run") as claim:
         guard = Guard.begin_attempt(tmp_path / "run", claim.generation)

@@ -72,7 +72,7 @@ class Scripted(LocalContext):
             if self.plan.rows_arrived and RUNS[-1].record is not None:
                 RUNS[-1].record.sync()
             os.kill(os.getpid(), signal.SIGKILL)
-        return "test" if step == self.plan.stop_at else None
+        return self.plan.stop_reason if step == self.plan.stop_at else None
 
 
 def current_step() -> int:

@@ -29,6 +29,7 @@ class Plan:
 
     stop_at: int | None = None
     """ask for a stop before the update after this step"""
+    stop_reason: str = "test"
     kill_at: int | None = None
     """SIGKILL before the update after this step"""
     rows_arrived: bool = False

@@ -54,8 +54,18 @@ def test_both_ranks_stand_in_the_checkpoint(whole: Ending) -> None:
 def test_stopping_is_invisible(config: RunConfig, whole: Ending, tmp_path: Path, plan: Plan) -> None:
     """One rank is asked; both stop before the same step."""
     stopped = attempt(config, tmp_path / "run", plan)
-    assert (stopped.state, stopped.step) == ("stopped", plan.stop_at)
+    assert (stopped.state, stopped.reason, stopped.step) == ("stopped", "test", plan.stop_at)
     assert_same(finished(attempt(config, tmp_path / "run")), whole)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_alone_heard_that_the_run_is_given_up_tells_the_others(
+    config: RunConfig, tmp_path: Path, rank: int
+) -> None:
+    """Else one saves before it ends, and waits for the part of the other, which does not."""
+    stopped = attempt(config, tmp_path / "run", Plan(stop_at=8, stop_reason="asha", rank=rank))
+    assert (stopped.state, stopped.reason) == ("stopped", "asha")
+    assert stopped.step == 6
 
 
 @pytest.mark.parametrize(
