@@ -1,4 +1,4 @@
-"""python -m benchmarks [NAME ... | list | report] [--quick]: measure, and write the tables of README.md."""
+"""python -m benchmarks [NAME ... | list | report] [--quick]: measure, and write the tables of the documentation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib
 import subprocess
 import sys
 
-from benchmarks.tables import write_readme
+from benchmarks.tables import write_tables
 
 SUITES = {  # in the order they run; minutes on two idle cores
     "step_overhead": 6,
@@ -40,14 +40,14 @@ def main(arguments: list[str] | None = None) -> int:
         show()
         return 0
     if options.names == ["report"]:
-        write_readme()
+        write_tables()
         return 0
     unknown = [name for name in options.names if name not in SUITES | ELSEWHERE]
     if unknown:
         parser.error(f"no suite {', '.join(unknown)}. There are: {', '.join(SUITES | ELSEWHERE)}.")
     failed = [name for name in options.names or SUITES if not run(name, options.quick)]
     if not options.quick:
-        write_readme()
+        write_tables()
     if failed:
         print(f"\nfailed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -1,4 +1,4 @@
-"""README.md's tables, made from results/*.json."""
+"""The tables of README.md and of docs/, made from results/*.json."""
 
 from __future__ import annotations
 
@@ -9,18 +9,29 @@ from typing import Any
 
 from benchmarks.measure import RESULTS, Figure
 
-README = Path(__file__).parent / "README.md"
+HERE = Path(__file__).parent
+PAGES: dict[Path, tuple[str, ...] | None] = {
+    HERE / "README.md": None,
+    HERE.parent / "docs" / "memory.md": ("memory_prediction", "trade_offs"),
+}
+"""which results a page shows; None: all"""
 BEGIN, END = "<!-- results: made by `python -m benchmarks report` -->", "<!-- end of results -->"
 
 
-def write_readme() -> None:
-    """Replace everything between the two marks of README.md."""
-    head, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+def write_tables() -> None:
+    """Replace everything between the two marks of each page."""
+    for page, names in PAGES.items():
+        page.write_text(with_tables(page.read_text(encoding="utf-8"), names), encoding="utf-8")
+
+
+def with_tables(text: str, names: Sequence[str] | None) -> str:
+    """A page's text with the tables of the results that there are."""
+    head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    found = sorted(RESULTS.glob("*.json"))
+    found = [path for path in sorted(RESULTS.glob("*.json")) if names is None or path.stem in names]
     parts = [table(path.stem, result) for path in found if "figures" in (result := json.loads(path.read_text()))]
     body = "\n".join(parts) if parts else "Nothing has been measured yet.\n"
-    README.write_text(f"{head}{BEGIN}\n\n{body}\n{END}{tail}", encoding="utf-8")
+    return f"{head}{BEGIN}\n\n{body}\n{END}{tail}"
 
 
 def table(name: str, result: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.measure import Figure, Ratio, ratio, rounds
-from benchmarks.tables import table
+from benchmarks.tables import BEGIN, PAGES, table, with_tables
 from benchmarks.workload import QUIET, BareJob, our_loop
 from trainers.config import RunConfig
 from trainers.config_io import override
@@ -99,3 +99,11 @@ def test_a_table_has_its_machine_and_every_figure() -> None:
     text = table("name", {"machine": machine, "figures": [figure]})
     assert "2026-01-01, C, 2 cores" in text
     assert "| w | 1.5 (1 to 2) x | ≤ 2 | met |" in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_shows_what_was_measured(page: Path) -> None:
+    """`python -m benchmarks report` leaves every page as it stands."""
+    text = page.read_text(encoding="utf-8")
+    assert BEGIN in text and with_tables(text, PAGES[page]) == text
+    assert with_tables(text.replace(BEGIN, f"{BEGIN}\n| a figure by hand |"), PAGES[page]) == text
