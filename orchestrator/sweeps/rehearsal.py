@@ -14,6 +14,7 @@ from orchestrator.experiment import cache_dir
 from orchestrator.memory_limit import limit_for
 from orchestrator.ray_cluster import usable_cpus
 from orchestrator.sweeps.memory import MARGIN, Allowed, Footprints, is_ample, take_out, unlooked
+from orchestrator.sweeps.searchers import trials_to_train
 from orchestrator.sweeps.settings import SweepSettings, build_settings
 from orchestrator.sweeps.slots import Slots, asked_cluster, slots_of
 from orchestrator.sweeps.sweep import Sweep, SweepRequest, check_batches, notes_of, settle_name, sweep_fields
@@ -52,6 +53,8 @@ def rehearse(
     per_second = measured_speed(base, report.survey.vocab_size, settings.cpus_per_trial) if device == "cpu" else None
     left = within_memory(base, space, report.survey.vocab_size, device, slots.count, request)
     space, taken_out = left.space, (*taken_out, *left.taken_out)
+    notes = [*notes_of(counted, settings, space), *filter(None, [unlooked(request.memory_limit)])]
+    settings = settings.model_copy(update={"trials": trials_to_train(settings, space)})
     at_a_time = min(slots.count, settings.trials)
     speed = None if per_second is None else per_second * at_a_time
     bounds = bounds_of(settings, request, slots.gpus_per_trial * at_a_time, speed)
@@ -68,7 +71,7 @@ def rehearse(
         "seconds_expected": bounds.seconds_expected,
         "seconds_at_most": bounds.seconds_at_most,
         "bounded_by": bounds.by,
-        "notes": [*notes_of(counted, settings, space), *filter(None, [unlooked(request.memory_limit)])],
+        "notes": notes,
     }
     if request.json:
         print_json(facts)

@@ -46,15 +46,23 @@ def grid_cells(space: Space, points_per_axis: int) -> int:
     return max(1, sum(1 for _ in islice(space.grid(points_per_axis), MOST_CELLS + 1)))
 
 
+def trials_to_train(settings: SweepSettings, space: Space) -> int:
+    """How many of the sweep's trials find a point: none is trained twice."""
+    if settings.searcher == "grid":
+        return min(settings.trials, grid_cells(space, settings.grid_points))
+    if _never_ends(space):
+        return settings.trials
+    return sum(1 for _ in islice(_points(space), settings.trials))
+
+
 def trials_and_points(settings: SweepSettings, space: Space) -> str | None:
     """A sentence for a person where a grid is larger than the sweep, whose trials then lie in a corner of it; or where
     there are fewer points than trials."""
-    if settings.searcher != "grid":
-        return _too_few_points(settings, space)
-    cells = grid_cells(space, settings.grid_points)
-    if settings.trials > cells:
-        return f"the grid has {cells:,} cells: of --trials {settings.trials}, no more are trained"
-    if settings.trials == cells:
+    trained = trials_to_train(settings, space)
+    if trained < settings.trials:
+        points = "grid has {:,} cells" if settings.searcher == "grid" else "space has {:,} points"
+        return f"the {points.format(trained)}: of --trials {settings.trials}, no more are trained"
+    if settings.searcher != "grid" or (cells := grid_cells(space, settings.grid_points)) == trained:
         return None
     whole = cells <= MOST_CELLS
     there = f"{cells:,} cells" if whole else f"more than {MOST_CELLS:,} cells"
@@ -63,16 +71,6 @@ def trials_and_points(settings: SweepSettings, space: Space) -> str | None:
         f"the grid has {there}, and --trials {settings.trials} takes the first {settings.trials} in order, "
         f"{list(space)[-1]} fastest: {all_of_them} --searcher random for an even choice"
     )
-
-
-def _too_few_points(settings: SweepSettings, space: Space) -> str | None:
-    """The sentence for a searcher that trains no point twice."""
-    if _never_ends(space):
-        return None
-    points = sum(1 for _ in islice(_points(space), settings.trials))
-    if points == settings.trials:
-        return None
-    return f"the space has {points:,} points: of --trials {settings.trials}, no more are trained"
 
 
 class GridSearcher:

@@ -204,6 +204,9 @@ def test_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert (whole["trials"], whole["trials_at_a_time"], whole["bounded_by"], whole["notes"]) == (9, 2, None, [])
     assert capped["tokens_at_most"] == 1000 and capped["bounded_by"] == "--max-tokens"
     assert "the grid has 9 cells, and --trials 4 takes the first 4 in order" in capped["notes"][0]
+    beyond = facts("--trials", "20")
+    assert (beyond["trials"], beyond["tokens_at_most"]) == (9, whole["tokens_at_most"])
+    assert beyond["notes"] == ["the grid has 9 cells: of --trials 20, no more are trained"]
     assert main([*tune, *grid, "--max-time", "1s", "--trials", "4"]) == DONE
     assert "the grid has 9 cells" in " ".join(capsys.readouterr().out.split())
     assert main([*tune, *grid, "--gpus-per-trial", "3"]) == BAD_INPUT
