@@ -157,6 +157,10 @@ class DeepSpeedEngine:
         """As TorchEngine.tensors, in fp32 and whole, on rank 0; nothing on the others. A collective."""
         return self._kept.tensors()
 
+    def saved(self) -> dict[str, NamedTensors]:
+        """All of it: what ZeRO has in slices is read through its own accessors, which give whole tensors."""
+        return self.tensors()
+
     def state(self) -> dict[str, Any]:
         """JSON: what continues besides the tensors."""
         return self.skipped.state()

@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainers.adapters import kept_parameters
@@ -188,6 +189,14 @@ class TorchEngine:
         """
         own = {"model": self._model_tensors(), "optimizer": self._optimizer_tensors()}
         return own if self._shards is None else self._shards.collected(own)
+
+    def saved(self) -> dict[str, NamedTensors]:
+        """What this rank writes of `tensors` into a checkpoint, by file: live storage. Of a model that every rank has
+        whole all is rank 0's; of shards each rank's own slices, as its part. Every rank calls it."""
+        own = {"model": self._model_tensors(), "optimizer": self._optimizer_tensors()}
+        if self._shards is not None:
+            return self._shards.parts(own)
+        return own if self.world_size == 1 or dist.get_rank() == 0 else {}
 
     def _model_tensors(self) -> NamedTensors:
         buffers = self.module.named_buffers() if self._buffers else ()

@@ -2,6 +2,7 @@
 
     checkpoints/step-00000300/model.safetensors optimizer.safetensors rank-00000.safetensors state.json manifest.json
 
+Of a model in slices each rank writes its own, model-part-00000.safetensors and so on, cut along the first dimension.
 The manifest lists every file with its size and SHA-256, and ends with the SHA-256 of itself. A directory is a
 checkpoint when its manifest verifies and every file is as the manifest says; whatever else lies about is not.
 Readers take no lock and trust no name, link or number they have not checked.
@@ -142,10 +143,14 @@ class Checkpoint:
         return meta
 
     def load(self, stem: str, device: str = "cpu") -> dict[str, torch.Tensor]:
-        """The named tensors of one file. Raises CheckpointError where there is none or it is not sound."""
-        if stem not in self.stems:
+        """The named tensors of one file, or of the parts that the ranks wrote of it, put together. Raises
+        CheckpointError where there is none or it is not sound."""
+        if stem in self.stems:
+            return read_safetensors(self.path / f"{stem}{SUFFIX}", device)
+        parts = [part_stem(stem, rank) for rank in range(self.world_size)]
+        if not set(parts) <= set(self.stems):
             raise CheckpointError(f"{self.path.name} holds no {stem!r}; it holds {', '.join(self.stems)}.")
-        return read_safetensors(self.path / f"{stem}{SUFFIX}", device)
+        return _joined([read_safetensors(self.path / f"{part}{SUFFIX}", device) for part in parts])
 
     def verify(self) -> None:
         """Read every file and compare. Raises CheckpointError naming the first that differs."""
@@ -153,6 +158,22 @@ class Checkpoint:
             found = file_sha256(self.path / name)
             if found != entry.sha256:
                 raise CheckpointError(f"{name} has SHA-256 {found}, the manifest says {entry.sha256}")
+
+
+def part_stem(stem: str, rank: int) -> str:
+    """The file of a rank's slices of the tensors of `stem`."""
+    return f"{stem}-part-{rank:05d}"
+
+
+def _joined(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Whole tensors of slices along the first dimension; the parts are emptied meanwhile. The first has every name."""
+    whole = {}
+    for name in list(parts[0]):
+        slices = [part.pop(name) for part in parts if name in part]
+        whole[name] = torch.cat(slices) if len(slices) > 1 else slices[0]
+    if left := {name for part in parts for name in part}:
+        raise CheckpointError(f"the first part lacks {', '.join(sorted(left)[:5])}.")
+    return whole
 
 
 # ---- finding them --------------------------------------------------------------------------------------

@@ -324,8 +324,7 @@ class Run:
     def _files(self) -> dict[str, State]:
         """What this rank puts into a checkpoint: live tensors by file and name."""
         own = {f"rank-{self.rank:05d}": {**rng_tensors(), **self.streams.tensors()}}
-        whole = self.engine.tensors()  # on every rank: they may have to gather it
-        return {**whole, **own} if self.rank == 0 else own
+        return {**self.engine.saved(), **own}
 
     # ---- endings --------------------------------------------------------------------------------
 

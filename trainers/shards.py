@@ -1,7 +1,8 @@
 """Shards: a model whose weights, gradients and optimizer state are cut into one slice for each rank (FSDP2).
 
 Zhao et al. 2023 (arXiv:2304.11277) in the form of torch's `fully_shard`: every tensor is cut along its first
-dimension. What is saved are whole tensors, so any number of ranks cuts them anew.
+dimension. Each rank saves its own slices, and whoever reads the checkpoint puts them together, so any number of ranks
+cuts them anew.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainers.manifest import part_stem
 from trainers.replica import Replica
 
 
 class Shards:
-    """`model` sharded in place over the default process group. A collective, and so is every method but `put`.
+    """`model` sharded in place over the default process group. A collective, and so is what gathers.
 
     Compiled layer by layer: FSDP2 gathers and lets go in hooks around each, at which a graph of the whole model breaks.
     """
@@ -63,6 +65,16 @@ class Shards:
                     whole.setdefault(stem, {})[name] = copy.to("cpu")
         return whole
 
+    def parts(self, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """This rank's slices, live, each file of them named as this rank's part; what is not cut is in rank 0's."""
+        rank = dist.get_rank()
+        return {
+            part_stem(stem, rank): {
+                name: mine for name, tensor in named.items() if (mine := _own(tensor, rank)) is not None
+            }
+            for stem, named in files.items()
+        }
+
     def put(self, target: Tensor, whole: Tensor) -> None:
         """This rank's slice of `whole` into `target`."""
         from torch.distributed.tensor import DTensor
@@ -80,6 +92,15 @@ class Shards:
         weights = {name: self.gathered(parameter.detach()) for name, parameter in self._model.named_parameters()}
         with self._replica.lent(weights) as module:
             yield module
+
+
+def _own(tensor: Tensor, rank: int) -> Tensor | None:
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(tensor, DTensor):
+        return tensor if rank == 0 else None
+    local = tensor.to_local()
+    return local if len(local) else None  # there may be fewer slices than ranks
 
 
 def _units(model: nn.Module) -> Iterator[nn.Module]:

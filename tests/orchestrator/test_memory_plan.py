@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,8 @@ def test_fsdp_adds_up_whole_gradients_until_it_sends_them() -> None:
     (phase,) = footprint.phases
     assert phase._training(16, 1).gradients == pytest.approx(whole / 4, rel=0.01)
     assert phase._training(1, 16).gradients == pytest.approx(whole, rel=0.01)
+    (alone,) = planned(SMALL, 8 * GIB, variants=False).cells[0].footprint.phases
+    assert phase._standing.snapshot == math.ceil(alone._standing.snapshot / 4)  # each saves its slices
     zero = planned(override(SMALL, ["workers=4", "engine=deepspeed"]), 8 * GIB, variants=False).cells[0].footprint
     assert zero.phases[0]._training(1, 16).gradients == pytest.approx(whole / 4, rel=0.01)
 

@@ -22,7 +22,7 @@ from trainers.claim import Claim, Guard
 from trainers.environment import environment, explain_difference
 from trainers.errors import CheckpointError, Superseded, TrainingFailed
 from trainers.filesystem import Filesystem
-from trainers.manifest import MANIFEST, FileEntry, Manifest, sound_checkpoints, step_name
+from trainers.manifest import MANIFEST, FileEntry, Manifest, part_stem, sound_checkpoints, step_name
 from trainers.safetensors_io import DTYPES, file_size, raw_bytes, read_safetensors, write_safetensors
 from trainers.snapshot import PIECE, SMALL, WORTH_HELP, SnapshotBuffer
 
@@ -526,6 +526,27 @@ def test_every_rank_writes_its_part_and_rank_0_commits(directory: Path, guard: G
     assert all(same(found.load(f"rank-{rank:05d}"), share(2, rank)[f"rank-{rank:05d}"]) for rank in range(3))
     assert sorted(p.name for p in found.path.iterdir()) == sorted([*found.manifest.files, MANIFEST])
     assert not list(directory.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("given", [3, 2], ids=["all parts", "one is missing"])
+def test_what_the_ranks_write_in_slices_is_read_whole(directory: Path, guard: Guard, given: int) -> None:
+    """7 rows are cut into 3, 3 and 1, two into one each and none; what is not cut is rank 0's."""
+    whole = {"rows": torch.arange(21.0).reshape(7, 3), "few": torch.tensor([1, 2]), "count": torch.tensor(5.0)}
+    stores = ranks(directory, guard, 3)
+    for store in reversed(stores):
+        rank = store._rank
+        cut = {name: tensor.chunk(3)[rank : rank + 1] for name, tensor in whole.items() if tensor.dim()}
+        mine = {name: slices[0] for name, slices in cut.items() if slices} | ({} if rank else {"count": whole["count"]})
+        store.save(1, {part_stem("model", rank): mine} if rank < given else {}, {})
+    assert all(store.wait() for store in stores)
+    found = stores[0].latest()
+    assert found is not None
+    if given == 3:
+        assert same(found.load("model"), whole)
+        assert found.load("model-part-00002")["rows"].tolist() == [[18, 19, 20]]
+    else:
+        with pytest.raises(CheckpointError, match="holds no 'model'; it holds model-part-00000, model-part-00001"):
+            found.load("model")
 
 
 def test_a_rank_that_fails_or_is_silent_fails_the_save_and_not_the_next(directory: Path, guard: Guard) -> None:

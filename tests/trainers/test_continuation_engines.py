@@ -35,6 +35,8 @@ def sliced(text: Path, kind: str, **changes: Any) -> RunConfig:
 def test_a_stop_and_a_killed_rank_are_invisible(text: Path, kind: str, tmp_path: Path) -> None:
     config = sliced(text, kind)
     whole = finished(attempt(config, tmp_path / "whole", workers=2))
+    by_rank = [f"{file}-part-{rank:05d}" for file in ("model", "optimizer") for rank in range(2)]
+    assert whole.stems == (*(by_rank if kind == "fsdp" else ("model", "optimizer")), "rank-00000", "rank-00001")
     assert attempt(config, tmp_path / "run", Plan(stop_at=5, rank=1), workers=2).step == 5
     assert killed(attempt(config, tmp_path / "run", Plan(kill_at=8, rank=0, rows_arrived=True), workers=2))
     assert_same(finished(attempt(config, tmp_path / "run", workers=2)), whole)

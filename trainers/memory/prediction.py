@@ -100,7 +100,8 @@ class PhaseFootprint:
 
     @cached_property
     def _standing(self) -> Components:
-        snapshot = self.structure.snapshot_bytes(self.phase.optim, self.words) if self.device != "cuda" else 0
+        saved = self.structure.snapshot_bytes(self.phase.optim, self.words)
+        snapshot = self.spread.saved(saved) if self.device != "cuda" else 0
         return Components(self.state.weights, 0, self.state.optimizer, 0, 0, 0, 0, snapshot, 0, "update")
 
     @cached_property

@@ -152,6 +152,10 @@ class Spread:
         """What one worker holds of `n_bytes`, wherever it lies."""
         return math.ceil(n_bytes / self.workers) if self.stage >= SPREAD_FROM[state] else n_bytes
 
+    def saved(self, n_bytes: int) -> int:
+        """What a worker writes of a checkpoint of `n_bytes`, at most: FSDP2's their slices, else the first one all."""
+        return math.ceil(n_bytes / self.workers) if self.adds_whole else n_bytes
+
     def words(self, words: Words) -> Words:
         """What it makes of a precision."""
         return replace(words, weights=HALF, gradients=HALF) if self.half else words
