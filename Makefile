@@ -9,7 +9,7 @@ STEPS ?= 7000
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all chaos check bench format
+.PHONY: help train test test-slow test-all chaos check bench format
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,8 +26,10 @@ train: $(READY) ## a first model on the embedded corpus, 2 to 3 minutes on two c
 test: $(READY) ## the fast suite
 	$(PYTEST) -m "not slow and not chaos and not gpu and not cluster"
 
-test-all: $(READY) ## the slow tests too
-	$(PYTEST) -m "not chaos and not gpu"
+test-slow: $(READY) ## the slow remainder, some 35 minutes on two cores
+	$(PYTEST) -m "(slow or cluster) and not chaos and not gpu"
+
+test-all: test test-slow ## both
 
 chaos: $(READY) ## kill and corrupt, the full counts; can be stopped and goes on
 	$(BIN)/python -m benchmarks.chaos

@@ -71,6 +71,7 @@ class Desk:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=hears_ctrl_c,
         )
 
     def jobs(self) -> list[dict[str, Any]]:
@@ -79,6 +80,11 @@ class Desk:
         listed += "print('JOBS', json.dumps([job.dict() for job in C(sys.argv[1]).list_jobs()], default=str))"
         out = self.run(sys.executable, "-W", "ignore", "-c", listed, self.head.address).stdout
         return list(json.loads(out.split("JOBS ", 1)[1]))
+
+
+def hears_ctrl_c() -> None:
+    """As at a terminal: whatever a shell starts in the background ignores SIGINT, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for_step(run_dir: Path, step: int) -> None:
