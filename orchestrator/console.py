@@ -6,13 +6,47 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
+
+WIDEST = 1000
+"""columns that a table may take"""
 
 
 class QuietConsole(Console):
-    """A console whose broken pipe is BrokenPipeError (rich would end the process with code 1)."""
+    """A console whose broken pipe is BrokenPipeError (rich would end the process with code 1), and which cuts no number
+    of a table: what a line has no room for goes beyond it."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich does; tables are as wide as their columns that do not wrap."""
+        parts = [part for each in objects for part in (each.renderables if isinstance(each, Group) else [each])]
+        least = max((self._least_width(part) for part in parts if isinstance(part, Table)), default=0)
+        there = self.width
+        if least <= there:
+            super().print(*objects, **options)
+            return
+        self.width = least
+        try:
+            super().print(*objects, **{"crop": False, **options})
+        finally:
+            self.width = there
+
+    def _least_width(self, table: Table) -> int:
+        """What a table needs to cut no cell: of those that may wrap a word, of those that may fold a letter."""
+        _, right, _, left = table.padding
+        anywhere = self.options.update(max_width=WIDEST)
+        least = 0
+        for column in table.columns:
+            least += right + left
+            if column.overflow == "fold":
+                least += 1
+                continue
+            sizes = [Measurement.get(self, anywhere, cell) for cell in (column.header, *column.cells)]
+            least += max(size.maximum if column.no_wrap else size.minimum for size in sizes)
+        return least
 
     def on_broken_pipe(self) -> None:
         self.quiet = True

@@ -59,7 +59,7 @@ def preset_memory_table(found: PresetMemory) -> Table:
     for heading in ("parameters", "checkpoint", "rows"):
         table.add_column(heading, justify="right", no_wrap=True)
     for precision, recompute in COLUMNS:
-        table.add_column(f"{precision}{' recompute' if recompute else ''}", justify="right")
+        table.add_column(f"{precision}\nrecompute" if recompute else precision, justify="right", no_wrap=True)
     for name, plan in found.plans:
         first = plan.cells[0]
         table.add_row(
@@ -81,7 +81,7 @@ def _entry(cell: PlannedCell | None) -> str:
     if cell is None:
         return ""
     total = cell.shown[0][1].total
-    return f"{size(total)} ({count(cell.largest)})" if cell.largest else f"{size(total)} (none)"
+    return f"{size(total)}\n({count(cell.largest) if cell.largest else 'none'})"
 
 
 def table_notes(found: PresetMemory) -> Iterator[str]:

@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console, Group
+from rich.table import Table
 
 from orchestrator.closing_table import Closing, closing_table
-from orchestrator.console import QuietConsole, duration, finite, short, size
+from orchestrator.console import QuietConsole, duration, finite, pairs, short, size
 from orchestrator.display import Display, fit, perplexity, plain
 
 PROJECT = Path(__file__).parents[2]
@@ -221,3 +223,20 @@ def test_words_for_numbers() -> None:
     assert (perplexity(2.0), perplexity(1e9), perplexity(math.nan)) == ("7.389", ">1e9", "nan")
     assert fit(["aaaa", "bbbb", "cccc"], 10) == "aaaa  bbbb"
     assert plain("a\x1bb\tc") == "a b c"
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_no_number_of_a_table_is_cut(grouped: bool) -> None:
+    """Where the line has no room for the columns it goes on; what may wrap or fold does not widen it."""
+    screen = io.StringIO()
+    console = QuietConsole(file=screen, width=30, highlight=False)
+    table = Table("a long heading", "27.9 GiB (too much)", box=None)
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
+    table.add_row("1,452,792,320", "16.2 GiB")
+    wide = pairs([("text", "word " * 20), ("path", "/a/path" * 20)])
+    console.print(Group(wide, table) if grouped else table)
+    assert "27.9 GiB (too much)" in screen.getvalue() and "1,452,792,320" in screen.getvalue()
+    assert console.width == 30 and max(map(len, screen.getvalue().splitlines())) <= 40
+    cut = io.StringIO()
+    Console(file=cut, width=30).print(table)
+    assert "too much)" not in cut.getvalue()  # the negative control
