@@ -78,7 +78,8 @@ class BenchCell:
     rows: int
     probe: Probe
     predicted_bytes: int | None
-    """by the plan, before it ran, of what a probe can see: on CUDA without the context"""
+    """by the plan of what a probe can see: on CUDA without the context, on a CPU above what its process took without a
+    model, which is less than a worker's"""
     tensor_bytes: int | None
     """predicted: all but what the device adds"""
     flops_per_token: int
@@ -113,7 +114,8 @@ class BenchCell:
             return None
         flops = self.probe.tokens_per_s * self.flops_per_token
         measured = None if self.compiled else self.measured_bytes
-        return Sample(f"{self.way}, {self.rows} rows", self.tensor_bytes, measured, flops, self.speed_of)
+        what = f"{self.way}, {self.rows} rows"
+        return Sample(what, self.tensor_bytes, measured, flops, self.speed_of, self.probe.process_bytes)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -191,6 +193,8 @@ def _cell(
         probe = Probe(rows, "not tried", str(error).strip().splitlines()[-1][:200])
     per_token = flops_per_token(cell, footprint.structure.values)
     seen = parts.total - footprint.calibration.unseen_bytes
+    if probe.process_bytes is not None:
+        seen += probe.process_bytes - footprint.calibration.process_bytes
     return BenchCell(way, rows, probe, seen, parts.tensors, per_token, speed_of(cell), cell.compile)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from trainers.memory.limit import Memory, is_out_of_memory, memory_of
+from trainers.memory.resident import status_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +81,8 @@ class Probe:
     device: str = ""
     product_flops: float | None = None
     """FLOP/s of a large matrix product in the run's arithmetic, where it was asked for"""
+    process_bytes: int | None = None
+    """of a CPU's process, before the model is built; it has no Ray, so a worker's takes more"""
 
     @property
     def fits(self) -> bool:
@@ -127,6 +130,8 @@ def measure(job: Job) -> Probe:
     device = resolve_device(config.device)
     memory = memory_of(device, job.limit_bytes, job.threads)
     found: dict[str, Any] = {"device": device.type, "limit_bytes": memory.limit_bytes}
+    if device.type != "cuda":
+        found["process_bytes"] = status_bytes("VmRSS")
     try:
         found |= _measure(config, job, memory)
         if job.products:

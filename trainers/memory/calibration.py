@@ -43,6 +43,8 @@ class Sample:
     """model FLOPs a second, over the whole step"""
     speed_of: str = ""
     """precision and whether compiled: what a speed is for, such as `bf16 compiled`"""
+    process_bytes: int | None = None
+    """of `measured_bytes`, what the process took before its model was built; None: as much as is usual"""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Calibration:
     device: str
     """as `device_key` names it"""
     process_bytes: int
-    """of a process before its model is built: Python, torch and their libraries; on CUDA the context"""
+    """of a worker before its model is built: Python, torch, Ray and their libraries; on CUDA the context"""
     constant_bytes: int
     """that working adds beside the tensors: thread pools, kernels' own buffers, the allocator's leftovers"""
     factor: float = 1.0
@@ -84,9 +86,9 @@ class Calibration:
     def refined(self, sample: Sample, date: str) -> Calibration:
         """This one with a further measurement; the constant is the median of what the samples leave to it."""
         samples = (*self.samples, sample)[-KEPT:]
-        seen = self.process_bytes - self.unseen_bytes
+        usual = self.process_bytes - self.unseen_bytes
         left = [
-            each.measured_bytes - seen - self.factor * each.tensor_bytes
+            each.measured_bytes - (each.process_bytes or usual) - self.factor * each.tensor_bytes
             for each in samples
             if each.measured_bytes is not None
         ]
@@ -97,7 +99,7 @@ class Calibration:
 
 
 USUAL = {
-    "cpu": Calibration("cpu", process_bytes=360 * MIB, constant_bytes=100 * MIB),
+    "cpu": Calibration("cpu", process_bytes=440 * MIB, constant_bytes=100 * MIB),
     "cuda": Calibration("cuda", process_bytes=480 * MIB, constant_bytes=70 * MIB, factor=1.04),
     "mps": Calibration("mps", process_bytes=330 * MIB, constant_bytes=200 * MIB),
 }

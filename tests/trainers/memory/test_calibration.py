@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from trainers.memory.calibration import FILE, USUAL, Sample, calibration_of, card_key, device_key, keep, refine
+from trainers.memory.calibration import FILE, MIB, USUAL, Sample, calibration_of, card_key, device_key, keep, refine
 
 GIB = 1 << 30
 MEASURED = [
@@ -31,6 +31,17 @@ def test_the_constant_is_the_median_of_what_the_tensors_leave(tmp_path: Path) ->
     assert three.total(5 * GIB) == 5 * GIB + usual.process_bytes + 60
     assert calibration_of("cpu", tmp_path) == three
     assert three.speed("fp32") == pytest.approx(4e9) and three.speed("bf16") is None
+
+
+def test_a_lighter_process_teaches_the_same_constant(tmp_path: Path) -> None:
+    """`bench` measures without Ray: what its process took before the model is its own."""
+    usual = USUAL["cpu"].process_bytes
+    light = usual - 100 * MIB
+    bare = [Sample(s.what, s.tensor_bytes, s.measured_bytes - 100 * MIB, process_bytes=light) for s in MEASURED]
+    known = refine("cpu", tmp_path, bare)
+    assert known.constant_bytes == 60 and known.process_bytes == usual
+    unsaid = [replace(sample, process_bytes=None) for sample in bare]
+    assert refine("cpu", tmp_path / "unsaid", unsaid).constant_bytes == 0  # as a plan for a worker it would be too low
 
 
 def test_a_speed_alone_teaches_nothing_of_memory(tmp_path: Path) -> None:
