@@ -11,6 +11,7 @@ from typing import Any
 
 from trainers.config import RunConfig
 from trainers.config_io import override
+from trainers.memory.resident import status_bytes
 from trainers.presets import PRESETS
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -68,5 +69,6 @@ def said_by(module: str, *arguments: str) -> Any:
 
 def status(field: str) -> int:
     """Bytes of this process by a field of /proc/self/status, such as VmRSS or VmHWM."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+    found = status_bytes(field)
+    assert found is not None, "this is measured on Linux"
+    return found

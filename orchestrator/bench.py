@@ -192,9 +192,8 @@ def _cell(
     except (RuntimeError, UserError) as error:  # what does not work here, for want of a compiler say, is an answer too
         probe = Probe(rows, "not tried", str(error).strip().splitlines()[-1][:200])
     per_token = flops_per_token(cell, footprint.structure.values)
-    seen = parts.total - footprint.calibration.unseen_bytes
-    if probe.process_bytes is not None:
-        seen += probe.process_bytes - footprint.calibration.process_bytes
+    calibration = footprint.calibration
+    seen = parts.total - calibration.process_bytes + calibration.seen_process(probe.process_bytes)
     return BenchCell(way, rows, probe, seen, parts.tensors, per_token, speed_of(cell), cell.compile)
 
 

@@ -187,16 +187,18 @@ class TorchEngine:
         Live storage, no copies, the same on every rank; of shards whole copies on the CPU of rank 0, nothing on the
         others. Every rank calls it.
         """
-        own = {"model": self._model_tensors(), "optimizer": self._optimizer_tensors()}
-        return own if self._shards is None else self._shards.collected(own)
+        return self._held() if self._shards is None else self._shards.collected(self._held())
 
     def saved(self) -> dict[str, NamedTensors]:
         """What this rank writes of `tensors` into a checkpoint, by file: live storage. Of a model that every rank has
         whole all is rank 0's; of shards each rank's own slices, as its part. Every rank calls it."""
-        own = {"model": self._model_tensors(), "optimizer": self._optimizer_tensors()}
         if self._shards is not None:
-            return self._shards.parts(own)
-        return own if self.world_size == 1 or dist.get_rank() == 0 else {}
+            return self._shards.parts(self._held())
+        return self._held() if self.world_size == 1 or dist.get_rank() == 0 else {}
+
+    def _held(self) -> dict[str, NamedTensors]:
+        """Live; a sharded tensor as the DTensor whose slice this rank has."""
+        return {"model": self._model_tensors(), "optimizer": self._optimizer_tensors()}
 
     def _model_tensors(self) -> NamedTensors:
         buffers = self.module.named_buffers() if self._buffers else ()

@@ -83,12 +83,15 @@ class Calibration:
         """The part of `process_bytes` that no measurement has: the context of a card, outside of the allocator."""
         return 0 if self.device in IN_THE_PROCESS else self.process_bytes
 
+    def seen_process(self, own_bytes: int | None) -> int:
+        """The part of a measurement that the process took before its model: its own where that is known."""
+        return own_bytes or self.process_bytes - self.unseen_bytes
+
     def refined(self, sample: Sample, date: str) -> Calibration:
         """This one with a further measurement; the constant is the median of what the samples leave to it."""
         samples = (*self.samples, sample)[-KEPT:]
-        usual = self.process_bytes - self.unseen_bytes
         left = [
-            each.measured_bytes - (each.process_bytes or usual) - self.factor * each.tensor_bytes
+            each.measured_bytes - self.seen_process(each.process_bytes) - self.factor * each.tensor_bytes
             for each in samples
             if each.measured_bytes is not None
         ]
